@@ -1,0 +1,1 @@
+"""Evaluation of a causal language model: gets a model and a tokenizer, knows nothing of conversion or training."""
