@@ -1,0 +1,115 @@
+"""One model in, one `ModelResult` out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from t2r_evals import harness, language
+from t2r_evals.schema import ModelResult, Record, Role
+
+
+class EvaluationOptions(Record):
+    """What to measure, and how. The same options for teacher, student and controls: only then do they pair.
+
+    Args:
+        tasks: lm-eval task names.
+        shots: examples in the prompt; None = each task's own number.
+        limit: first N documents of each task; None = all.
+        windows, window: running text: the first `windows` windows of `window` tokens; None = all full windows.
+        batch_size: sequences at a time; never changes a result beyond rounding.
+        max_length: context in tokens for tasks; longer prompts are cut on the left, and counted.
+        offline_root: folder that stands in for the Hub's data sets; None = the Hub.
+        tasks_root: folder with further task definitions. They may run code: only pass what you trust.
+        far_repeat_gap, far_repeat_min_id: see `language.far_repeats`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: tuple[str, ...] = ()
+    shots: int | None = Field(None, ge=0)
+    limit: int | None = Field(None, ge=1)
+    windows: int | None = Field(48, ge=1)
+    window: int = Field(2048, ge=2)
+    batch_size: int = Field(8, ge=1)
+    max_length: int = Field(2048, ge=2)
+    offline_root: Path | None = None
+    tasks_root: Path | None = None
+    far_repeat_gap: int = Field(128, ge=1)
+    far_repeat_min_id: int = Field(300, ge=0)
+    seed: int = 0
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    role: Role,
+    documents: Sequence[str] | None,
+    options: EvaluationOptions,
+    state_bytes: int | None = None,
+    kv_bytes_per_token: int | None = None,
+    teacher: Any = None,
+    folder: Path | None = None,
+) -> ModelResult:
+    """Measure one model.
+
+    Args:
+        model, tokenizer: a causal language model of transformers on its device, and its tokenizer.
+        name: how tables call it. Unique within a report.
+        role: teacher, student or control.
+        documents: texts for the language measurements; None leaves them out.
+        options: what to measure.
+        state_bytes, kv_bytes_per_token: memory of the model's cache, from whoever knows the model.
+        teacher: second model on the same device; adds KL(teacher || model) and top-1 agreement per token.
+        folder: where each finished task is kept, so that an interrupted evaluation continues task by task.
+
+    Raises:
+        InputError: unknown task, too little text, a data tree that lacks a task's data.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        spoken = None
+        if documents is not None:
+            spoken = language.measure(
+                model,
+                tokenizer,
+                documents,
+                windows=options.windows,
+                window=options.window,
+                batch_size=options.batch_size,
+                far_repeat_gap=options.far_repeat_gap,
+                far_repeat_min_id=options.far_repeat_min_id,
+                teacher=teacher,
+            )
+        tasks, samples = {}, []
+        if options.tasks:
+            tasks, samples = harness.run_tasks(
+                model,
+                tokenizer,
+                options.tasks,
+                shots=options.shots,
+                limit=options.limit,
+                batch_size=options.batch_size,
+                max_length=options.max_length,
+                offline_root=options.offline_root,
+                tasks_root=options.tasks_root,
+                seed=options.seed,
+                folder=folder,
+            )
+    finally:
+        model.train(was_training)
+    return ModelResult(
+        name=name,
+        role=role,
+        parameters=sum(p.numel() for p in model.parameters()),
+        state_bytes=state_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        dtype=str(model.dtype).removeprefix("torch."),
+        language=spoken,
+        tasks=tasks,
+        samples=samples,
+    )
