@@ -48,7 +48,7 @@ def gsa(
     dispatch.check_sequences("gsa", q, k, v)
     sequences = dispatch.count_sequences("gsa", k, cu_seqlens)
     dispatch.check_shape("gsa", "log_alpha", log_alpha, (*k.shape[:3], None), "[B, T, H, M]")
-    _check_state("gsa", initial_state, sequences, k, v, log_alpha)
+    _check_state("gsa", initial_state, sequences, q, k, v, log_alpha)
     chosen = dispatch.choose("gsa", backend, (q, k, v, log_alpha))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     run = {"naive": gsa_naive, "torch": gsa_chunk, "triton": _gsa_triton}[chosen]
@@ -90,7 +90,7 @@ def gsa_step(
     dispatch.check_shape("gsa_step", "v", v, (batch, heads, None), "[B, H, V]")
     dispatch.check_shape("gsa_step", "log_alpha", log_alpha, (batch, heads, None), "[B, H, M]")
     dispatch.check_group("gsa_step", q.shape[1], heads)
-    _check_state("gsa_step", state, batch, k, v, log_alpha)
+    _check_state("gsa_step", state, batch, q, k, v, log_alpha)
     scale = dim**-0.5 if scale is None else scale
     if dispatch.choose("gsa", backend, (q, k, v, log_alpha, *state)) == "triton":
         from .triton import gsa_step_triton
@@ -105,9 +105,12 @@ def _gsa_triton(*args):
     return gsa_triton(*args)
 
 
-def _check_state(op: str, state: State | None, sequences: int, k: Tensor, v: Tensor, log_alpha: Tensor) -> None:
+def _check_state(
+    op: str, state: State | None, sequences: int, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor
+) -> None:
     state_k, state_v = (None, None) if state is None else state
-    dispatch.check_same_place(op, {"k": k, "v": v, "log_alpha": log_alpha, "state K": state_k, "state V": state_v})
+    named = {"k": k, "q": q, "v": v, "log_alpha": log_alpha, "state K": state_k, "state V": state_v}
+    dispatch.check_same_place(op, named)
     if state_k is not None and state_v is not None:
         heads, slots = k.shape[-2], log_alpha.shape[-1]
         dispatch.check_shape(op, "state K", state_k, (sequences, heads, slots, k.shape[-1]), "[N, H, M, D]")
