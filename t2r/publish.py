@@ -1,7 +1,8 @@
 """Publish a folder all at once: write it beside, hash it, sync it, rename it.
 
-A reader sees the whole folder or none. A kill leaves at most a ``.NAME.partial-*`` folder, which never loads (its
-manifest is written last) and which the next ``publish`` of the same destination removes.
+A reader sees the whole folder or none. A kill leaves at most a ``.NAME.partial-*`` folder, which the next ``publish``
+of the same destination removes. Nothing that a kill leaves loads: config.json, without which transformers loads no
+folder, gets its name after everything else is in place.
 """
 
 import hashlib
@@ -16,12 +17,16 @@ from pathlib import Path
 from t2r.errors import InputError
 
 MANIFEST = "manifest.json"
+CONFIG = "config.json"
+PENDING_CONFIG = ".config.json.pending"
 _BLOCK = 1 << 22
 
 
 @contextmanager
 def publish(destination: Path, *, overwrite: bool = False, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Yield a staging folder that becomes `destination` when the block ends without an exception.
+
+    A block that takes long after it wrote config.json writes it as PENDING_CONFIG instead; it is renamed at the end.
 
     Args:
         destination: the folder to publish. Its parent is made when missing.
@@ -33,6 +38,8 @@ def publish(destination: Path, *, overwrite: bool = False, hashes: Mapping[str, 
         InputError: `destination` exists and `overwrite` is False.
     """
     destination = Path(destination)
+    if (destination / PENDING_CONFIG).is_file():
+        shutil.rmtree(destination)  # a kill came between the last two renames
     if destination.exists() and not overwrite:
         raise InputError(f"{destination}: already exists; pass --overwrite to replace it, or name another folder")
     parent = destination.absolute().parent
@@ -42,12 +49,17 @@ def publish(destination: Path, *, overwrite: bool = False, hashes: Mapping[str, 
     try:
         staging.chmod(0o755)
         yield staging
+        if (staging / CONFIG).is_file():
+            os.rename(staging / CONFIG, staging / PENDING_CONFIG)
         write_manifest(staging, hashes or {})
         for path in _files(staging):
             _sync(path)
         for folder in [p for p in staging.rglob("*") if p.is_dir()] + [staging]:
             _sync(folder)
         _swap(staging, destination)
+        if (destination / PENDING_CONFIG).is_file():
+            os.rename(destination / PENDING_CONFIG, destination / CONFIG)
+            _sync(destination)
         _sync(parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -66,6 +78,8 @@ def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None) -> Non
     entries = {}
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
+        if name == PENDING_CONFIG:
+            name = CONFIG
         if name != MANIFEST:
             entries[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256_file(path)}
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n")
