@@ -1,10 +1,142 @@
-"""Paired comparison of models on the same items."""
+"""Paired comparison of models on the same items: the same windows of text, the same documents of a task.
 
+Two models that see the same items share most of their noise; the paired difference is sharper than the two separate
+standard errors suggest, and says which items moved.
+"""
+
+import math
 from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
 
 from t2r_evals.schema import Comparison, ModelResult
 
+CONFIDENCE = 0.95
+
+
+def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
+    """Mean of `differences` [N] with its 95% Student t interval: (mean, low, high). One item: the interval is
+    (-inf, inf), for it says nothing about spread."""
+    mean = float(np.mean(differences))
+    count = len(differences)
+    if count < 2:
+        return mean, -math.inf, math.inf
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(count)
+    return mean, mean - half, mean + half
+
+
+def mcnemar_exact(wins: int, losses: int) -> float:
+    """Two-sided exact p of McNemar's test: the chance of flips this uneven if either direction were equally likely."""
+    if wins + losses == 0:
+        return 1.0
+    return float(stats.binomtest(wins, wins + losses, 0.5).pvalue)
+
+
+def recovered(value: float, baseline: float, chance: float) -> float | None:
+    """(model - chance) / (baseline - chance); None where the baseline is not above chance."""
+    if baseline <= chance:
+        return None
+    return (value - chance) / (baseline - chance)
+
+
+def compare_values(
+    model_values: np.ndarray,
+    baseline_values: np.ndarray,
+    *,
+    measurement: str,
+    metric: str,
+    model: str,
+    baseline: str,
+    chance: float | None = None,
+    baseline_stderr: float | None = None,
+    higher_is_better: bool = True,
+) -> Comparison:
+    """Compare values [N] of the same N items. `wins` are items on which `model` is better.
+
+    `recovered` is blank where the baseline is within two standard errors of chance: the ratio would be noise.
+    """
+    difference, low, high = paired_interval(model_values - baseline_values)
+    sign = 1 if higher_is_better else -1
+    wins = int((sign * (model_values - baseline_values) > 0).sum())
+    losses = int((sign * (model_values - baseline_values) < 0).sum())
+    binary = bool(np.isin(model_values, (0.0, 1.0)).all() and np.isin(baseline_values, (0.0, 1.0)).all())
+    value, base = float(model_values.mean()), float(baseline_values.mean())
+    above = chance is not None and base - 2 * (baseline_stderr or 0.0) > chance
+    return Comparison(
+        measurement=measurement,
+        metric=metric,
+        model=model,
+        baseline=baseline,
+        items=len(model_values),
+        model_value=value,
+        baseline_value=base,
+        difference=difference,
+        low=low,
+        high=high,
+        wins=wins,
+        losses=losses,
+        ties=len(model_values) - wins - losses,
+        mcnemar_p=mcnemar_exact(wins, losses) if binary else None,
+        chance=chance,
+        recovered=recovered(value, base, chance) if chance is not None and above else None,
+    )
+
+
+def compare_pair(model: ModelResult, baseline: ModelResult) -> list[Comparison]:
+    """Every measurement that both models have on the same items."""
+    found = []
+    ours, theirs = model.language, baseline.language
+    if ours and theirs and ours.data_sha256 == theirs.data_sha256 and ours.window == theirs.window:
+        found.append(
+            compare_values(
+                np.array(ours.window_losses),
+                np.array(theirs.window_losses),
+                measurement="language",
+                metric="loss",
+                model=model.name,
+                baseline=baseline.name,
+                higher_is_better=False,
+            )
+        )
+    ours_by_task, theirs_by_task = _by_task(model), _by_task(baseline)
+    for task, result in model.tasks.items():
+        if task not in baseline.tasks or task not in ours_by_task or task not in theirs_by_task:
+            continue
+        mine, other = ours_by_task[task], theirs_by_task[task]
+        shared = [document for document in mine if document in other]
+        if not shared:
+            continue
+        metric = result.metrics[result.primary]
+        found.append(
+            compare_values(
+                np.array([mine[document] for document in shared]),
+                np.array([other[document] for document in shared]),
+                measurement=task,
+                metric=result.primary,
+                model=model.name,
+                baseline=baseline.name,
+                chance=result.chance if metric.higher_is_better else None,
+                baseline_stderr=baseline.tasks[task].metrics[result.primary].stderr,
+                higher_is_better=metric.higher_is_better,
+            )
+        )
+    return found
+
 
 def compare_all(results: Sequence[ModelResult]) -> list[Comparison]:
-    """Every other model against the first teacher, on every measurement that both have."""
-    raise NotImplementedError
+    """Every other model against the first teacher, on every measurement that both have; nothing without a teacher."""
+    teacher = next((result for result in results if result.role == "teacher"), None)
+    if teacher is None:
+        return []
+    return [found for result in results if result is not teacher for found in compare_pair(result, teacher)]
+
+
+def _by_task(result: ModelResult) -> dict[str, dict[tuple[str, str], float]]:
+    """Value of each task's primary metric by (document, hash of its content): a changed document never pairs."""
+    values: dict[str, dict[tuple[str, str], float]] = {}
+    for row in result.samples:
+        task = result.tasks.get(row["task"])
+        if task is not None and row["metric"] == task.primary:
+            values.setdefault(row["task"], {})[row["document"], row["doc_hash"]] = row["value"]
+    return values

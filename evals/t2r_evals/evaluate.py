@@ -7,15 +7,18 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from t2r_evals import harness, language
+from t2r_evals.errors import InputError
 from t2r_evals.schema import ModelResult, Record, Role
+from t2r_evals.suites import resolve_tasks
 
 
 class EvaluationOptions(Record):
     """What to measure, and how. The same options for teacher, student and controls: only then do they pair.
 
     Args:
-        tasks: lm-eval task names.
-        shots: examples in the prompt; None = each task's own number.
+        suites: names from `t2r_evals.suites.SUITES`; "language" needs `documents`.
+        tasks: lm-eval task names, after those of the suites.
+        shots: examples in the prompt; None = the suite's or the task's own number.
         limit: first N documents of each task; None = all.
         windows, window: running text: the first `windows` windows of `window` tokens; None = all full windows.
         batch_size: sequences at a time; never changes a result beyond rounding.
@@ -27,6 +30,7 @@ class EvaluationOptions(Record):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    suites: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     shots: int | None = Field(None, ge=0)
     limit: int | None = Field(None, ge=1)
@@ -69,6 +73,9 @@ def evaluate(
     Raises:
         InputError: unknown task, too little text, a data tree that lacks a task's data.
     """
+    specs = resolve_tasks(options.suites, options.tasks, options.shots)
+    if "language" in options.suites and documents is None:
+        raise InputError("suites: 'language' needs documents to read; name a text file")
     was_training = model.training
     model.eval()
     try:
@@ -86,12 +93,11 @@ def evaluate(
                 teacher=teacher,
             )
         tasks, samples = {}, []
-        if options.tasks:
+        if specs:
             tasks, samples = harness.run_tasks(
                 model,
                 tokenizer,
-                options.tasks,
-                shots=options.shots,
+                specs,
                 limit=options.limit,
                 batch_size=options.batch_size,
                 max_length=options.max_length,

@@ -1,18 +1,38 @@
-"""lm-eval tasks by name, offline where asked, with the settings that keep results comparable."""
+"""lm-eval tasks by name, offline where asked, with the settings that keep results comparable.
 
+Log-softmax in fp32, `max_length` always explicit, truncated prompts counted, one task at a time so that what is done
+is kept. Task definitions come from lm-eval itself; a folder of others only where the caller names it, because a
+definition may run code.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import random
+import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from t2r_evals.schema import TaskResult
+from t2r_evals.errors import InputError
+from t2r_evals.offline import offline_data, tree_key
+from t2r_evals.schema import TaskMetric, TaskResult
+from t2r_evals.suites import TaskSpec
+
+logger = logging.getLogger(__name__)
+
+# The metric that tables show, where a suite names none: the first of these that the task reports.
+_PRIMARY = ("acc_norm", "acc", "exact_match", "contains", "f1", "word_perplexity")
 
 
 def run_tasks(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: Sequence[TaskSpec],
     *,
-    shots: int | None,
     limit: int | None,
     batch_size: int,
     max_length: int,
@@ -21,5 +41,250 @@ def run_tasks(
     seed: int,
     folder: Path | None,
 ) -> tuple[dict[str, TaskResult], list[dict[str, Any]]]:
-    """Results by task name, and one row per document, metric and task: {task, doc_id, doc_hash, metric, value, ...}."""
-    raise NotImplementedError
+    """Run lm-eval tasks on a model.
+
+    Args:
+        folder: keeps each finished task as JSON; a task found there with the same weights and settings is not run
+            again, so a stopped evaluation goes on where it was. None keeps nothing.
+        Others: as in `EvaluationOptions`.
+
+    Returns:
+        Results by task name, and per-sample rows {task, document, doc_hash, metric, value, prompt, target, response}.
+
+    Raises:
+        InputError: an unknown task, or no data for one.
+    """
+    from lm_eval.tasks import TaskManager
+
+    tasks_root = tasks_root and Path(tasks_root).resolve()
+    folder = folder and Path(folder).resolve()
+    with _quiet():
+        manager = TaskManager(include_path=None if tasks_root is None else str(tasks_root))
+    for spec in tasks:
+        _check_known(spec.task, manager)
+    settings = {
+        "limit": limit,
+        "max_length": max_length,
+        "seed": seed,
+        "data": None if offline_root is None else tree_key(Path(offline_root).resolve()),
+        "weights": _fingerprint(model) if folder else None,
+    }
+    results: dict[str, TaskResult] = {}
+    rows: list[dict[str, Any]] = []
+    harness = None
+    for spec in tasks:
+        key = hashlib.sha256(json.dumps([spec.as_dict(), settings], sort_keys=True).encode()).hexdigest()[:16]
+        kept = folder / f"{spec.task}-{key}.json" if folder else None
+        if kept is not None and kept.exists():
+            stored = json.loads(kept.read_text(encoding="utf-8"))
+            logger.info("%s: already evaluated with these settings, read from %s", spec.task, kept)
+        else:
+            harness = harness or _harness(model, tokenizer, batch_size, max_length)
+            stored = _run_one(harness, spec, manager, limit=limit, offline_root=offline_root, seed=seed)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                partial = kept.with_suffix(".partial")
+                partial.write_text(json.dumps(stored), encoding="utf-8")
+                os.replace(partial, kept)
+        results |= {name: TaskResult.model_validate(value) for name, value in stored["results"].items()}
+        rows += stored["rows"]
+    return results, rows
+
+
+def _check_known(name: str, manager: Any) -> None:
+    # lm-eval reads any other string as the path of a definition, which may run code: only registered names pass.
+    if name not in manager.task_index:
+        near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+        raise InputError(f"tasks: {name!r} is no lm-eval task" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _harness(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
+    """lm-eval's wrapper of a loaded model, with a counter of prompts that were cut."""
+    from lm_eval.models.huggingface import HFLM
+
+    class CountingHFLM(HFLM):
+        truncated = 0
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.truncated += sum(len(context) + len(target) > self.max_length + 1 for _, context, target in requests)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
+            if left_truncate_len:
+                self.truncated += sum(len(self.tok_encode(text)) > left_truncate_len for text in strings)
+            return super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
+
+    with _quiet():
+        return CountingHFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            softmax_dtype="float32",
+            max_length=max_length,
+            batch_size=batch_size,
+            trust_remote_code=False,
+        )
+
+
+def _run_one(
+    harness: Any, spec: TaskSpec, manager: Any, *, limit: int | None, offline_root: Path | None, seed: int
+) -> dict[str, Any]:
+    """{"results": {name: TaskResult as a dict}, "rows": [...]} of one task, group or tag."""
+    from lm_eval.evaluator import evaluate
+
+    start = time.perf_counter()
+    harness.truncated = 0
+    _seed_all(seed)
+    with _quiet():
+        with offline_data(offline_root):
+            try:
+                loaded = manager.load([spec.task])
+            except (OSError, ValueError) as error:
+                # datasets raises OSError or ValueError kinds for absent data, absent configurations and no network.
+                where = offline_root or "the Hub"
+                first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise InputError(f"tasks: no data for {spec.task!r} at {where} ({first_line})") from error
+        for task in loaded["tasks"].values():
+            shots = spec.shots if spec.shots is not None else task.get_config("num_fewshot")
+            task.set_config(key="num_fewshot", value=shots or 0)
+            task.set_fewshot_seed(seed=seed)
+            if spec.generation and task.get_config("output_type") == "generate_until":
+                task.set_config(key="generation_kwargs", value=dict(spec.generation), update=True)
+        output = evaluate(harness, loaded, limit=limit, bootstrap_iters=1000)
+    seconds = time.perf_counter() - start
+    names = [spec.task] if spec.task in output["results"] else list(output["samples"])
+    results, rows = {}, []
+    for name in names:
+        leaves = list(output["samples"]) if name not in output["samples"] else [name]
+        samples = [(leaf, sample) for leaf in leaves for sample in output["samples"][leaf]]
+        result = _task_result(name, leaves, output, samples, spec, limit, harness, seconds)
+        results[name] = result.model_dump()
+        rows += _rows(name, samples)
+    return {"results": results, "rows": rows}
+
+
+def _seed_all(seed: int) -> None:
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _task_result(
+    name: str,
+    leaves: list[str],
+    output: Any,
+    samples: list,
+    spec: TaskSpec,
+    limit: int | None,
+    harness: Any,
+    seconds: float,
+) -> TaskResult:
+    scores = output["results"][name]
+    better = {}
+    for leaf in leaves:
+        better |= output["higher_is_better"].get(leaf) or {}
+    metrics = {}
+    for key, value in scores.items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = scores.get(f"{metric}_stderr,{filter_name}")
+        metrics[_metric_name(metric, filter_name)] = TaskMetric(
+            value=value,
+            stderr=stderr if isinstance(stderr, int | float) else None,
+            higher_is_better=bool(better.get(metric, True)),
+        )
+    primary = next((m for wanted in (spec.metric, *_PRIMARY) for m in metrics if m.split(",")[0] == wanted), None)
+    documents = {(leaf, sample["doc_id"]) for leaf, sample in samples}
+    return TaskResult(
+        metrics=metrics,
+        primary=primary or next(iter(metrics)),
+        chance=_chance(output, samples),
+        version=str(output["versions"].get(name, output["versions"].get(leaves[0]))),
+        shots=int(output["n-shot"].get(name, output["n-shot"].get(leaves[0], 0))),
+        documents=len(documents),
+        limit=limit,
+        max_length=harness.max_length,
+        truncated=harness.truncated,
+        seconds=seconds,
+    )
+
+
+def _metric_name(metric: str, filter_name: str) -> str:
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
+def _chance(output: Any, samples: list) -> float:
+    """Expected accuracy of guessing: mean of 1 / choices over multiple-choice documents, 0 for anything else."""
+    chances = []
+    for leaf, sample in samples:
+        choice = output["configs"][leaf].get("output_type") == "multiple_choice"
+        chances.append(1 / len(sample["filtered_resps"]) if choice else 0.0)
+    return sum(chances) / max(len(chances), 1)
+
+
+def _rows(name: str, samples: list) -> list[dict[str, Any]]:
+    rows = []
+    for leaf, sample in samples:
+        responses = sample["filtered_resps"]
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            if not isinstance(value, bool | int | float):
+                continue  # Corpus metrics (word perplexity, F1 over pairs) have no value per document.
+            rows.append(
+                {
+                    "task": name,
+                    "document": f"{leaf}/{sample['doc_id']}",
+                    "doc_hash": sample["doc_hash"],
+                    "metric": _metric_name(metric, sample["filter"]),
+                    "value": float(value),
+                    "prompt": str(sample["arguments"][0][0])[-600:],
+                    "target": str(sample["target"])[:300],
+                    "response": _response(sample["arguments"], responses)[:300],
+                }
+            )
+    return rows
+
+
+def _response(arguments: list, responses: list) -> str:
+    """What the model answered: the generated text, or the continuation it found likeliest."""
+    first = responses[0]
+    if isinstance(first, str):
+        return first
+    if len(responses) > 1 and isinstance(first, list | tuple):
+        likeliest = max(range(len(responses)), key=lambda index: responses[index][0])
+        return str(arguments[likeliest][1])
+    return ""
+
+
+def _fingerprint(model: Any) -> str:
+    """Changes when any weight does (fp64 sums by name), without hashing gigabytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        total = parameter.detach().sum(dtype=torch.float64).item()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total!r}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Any:
+    """lm-eval warns once per truncated prompt and per default it fills in; we count the one and record the other.
+    `datasets` draws a bar per file."""
+    import datasets
+
+    lm_eval_logger = logging.getLogger("lm_eval")
+    level = lm_eval_logger.level
+    bars = datasets.are_progress_bars_disabled()
+    lm_eval_logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        lm_eval_logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
