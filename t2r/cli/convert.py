@@ -1,0 +1,104 @@
+"""`t2r convert`: turn a pretrained Transformer into a recurrent student."""
+
+import sys
+
+import click
+
+
+@click.command("convert", epilog="Example: t2r convert mistralai/Mistral-7B-v0.1 mistral-7b-gsa --slots 64")
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST", required=False)
+@click.option("--mixer", default="gsa", show_default=True, help="What replaces attention.")
+@click.option("--style", help="Style of the mixer, where it has styles (gsa: transfer or paper).")
+@click.option("--slots", type=int, help="Memory slots per key/value head, where the mixer has slots.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other option of the mixer; repeatable."
+)
+@click.option("--layers", default="all", show_default=True, help='Which layers: "all", "0,2,5-9", "all except 3,6".')
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32", "float16", "source"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the student's weights; source keeps each tensor's own.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the new parameters' initial values.")
+@click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or Inf.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that t2r wrote before.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, every tensor by name.")
+def command(
+    source: str,
+    destination: str | None,
+    mixer: str,
+    style: str | None,
+    slots: int | None,
+    settings: tuple[str, ...],
+    layers: str,
+    dtype: str,
+    max_shard_size: str,
+    seed: int,
+    allow_nonfinite: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Convert SRC, a folder or Hub id of a Mistral, Llama, Qwen2 or Qwen3 checkpoint, and publish it as folder DST.
+
+    The plan is made from config.json, the index and the file headers alone; then tensors are streamed, verified and
+    published all at once. DST may be left out with --dry-run.
+    """
+    if destination is None and not dry_run:
+        raise click.UsageError("DST is missing (only --dry-run does without)")
+    import json
+    from pathlib import Path
+
+    from t2r.convert.plan import make_plan
+    from t2r.convert.run import check_destination, check_space, execute
+    from t2r.convert.show import make_console, print_plan
+    from t2r.model.mixers import parse_options
+    from t2r.resources import resolve
+
+    source = resolve(source)
+    if destination is not None:
+        check_destination(source, Path(destination), overwrite=overwrite)
+    options = {"name": mixer, "layers": layers} | _settings(settings)
+    options |= {key: value for key, value in (("style", style), ("slots", slots)) if value is not None}
+    mixers = parse_options(options)
+    written = None if dtype == "source" else dtype
+    plan = make_plan(source, mixers, dtype=written, max_shard_size=max_shard_size, seed=seed)
+    if destination is not None:
+        check_space(plan, Path(destination))
+    if as_json:
+        click.echo(json.dumps(plan.to_json(), indent=1))
+    else:
+        print_plan(plan, make_console())
+    if dry_run or destination is None:
+        return
+    execute(
+        plan,
+        Path(destination),
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        command=["t2r", *sys.argv[1:]],
+    )
+    click.echo(f"{destination}: converted and verified", err=True)
+
+
+def _settings(settings: tuple[str, ...]) -> dict[str, object]:
+    """KEY=VALUE pairs; a value is read as JSON where it is JSON (64, 0.5, true, null), else as text."""
+    import json
+
+    found: dict[str, object] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"--set {setting!r}: expected KEY=VALUE")
+        if key in found:
+            raise click.UsageError(f"--set {key}: given twice")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found

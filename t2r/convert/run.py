@@ -1,0 +1,179 @@
+"""Carry out a plan: stream, verify, describe, publish."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import t2r
+from t2r.convert.card import write_card
+from t2r.convert.plan import Plan, TensorPlan, build_index, make_plan, new_tensor_names
+from t2r.convert.progress import Progress
+from t2r.convert.source import INDEX, is_hub_id
+from t2r.convert.stream import read_blocks, write_shard
+from t2r.convert.verify import verify_shard
+from t2r.errors import InputError
+from t2r.model.mixers import MixerOptions, layer_generator
+from t2r.publish import MANIFEST, PENDING_CONFIG, publish
+
+RECORD = "conversion.json"
+_SPARE_BYTES = 64 << 20  # tokenizer, card, record and the file system's own bookkeeping
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    mixers: MixerOptions | Sequence[MixerOptions],
+    dtype: str | None = "bfloat16",
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    seed: int = 0,
+    allow_nonfinite: bool = False,
+    command: Sequence[str] | None = None,
+) -> Plan:
+    """Convert a pretrained Transformer into a student and publish it as a folder that transformers loads.
+
+    Args:
+        source: folder or Hub id of a safetensors checkpoint.
+        destination: folder to publish; it appears complete and verified, or not at all.
+        mixers: what replaces attention, in which layers.
+        dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+        max_shard_size: as in `make_plan`.
+        overwrite: replace a folder that t2r published before.
+        seed: of the new tensors' initial values; equal arguments give equal bytes.
+        allow_nonfinite: convert weights that hold NaN or Inf.
+        command: the command line, for the model card.
+
+    Raises:
+        InputError: bad input, in one line; nothing is left behind.
+        t2r.convert.verify.VerificationError: what was written does not read back.
+    """
+    source, destination = str(source), Path(destination)
+    check_destination(source, destination, overwrite=overwrite)
+    plan = make_plan(source, mixers, dtype=dtype, max_shard_size=max_shard_size, seed=seed)
+    execute(plan, destination, overwrite=overwrite, allow_nonfinite=allow_nonfinite, command=command)
+    return plan
+
+
+def execute(
+    plan: Plan,
+    destination: Path,
+    *,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    command: Sequence[str] | None = None,
+) -> None:
+    """Carry out a plan. Arguments and errors as in `convert`."""
+    check_space(plan, destination)
+    _check_tied(plan)
+    sums: dict[str, str] = {}
+    with publish(destination, overwrite=overwrite, hashes=sums) as staging:
+        sums.update(_write_weights(plan, staging, allow_nonfinite=allow_nonfinite))
+        for path in plan.checkpoint.copied_files():
+            shutil.copyfile(path, staging / path.name)
+        write_card(plan, staging, destination, command)
+        record = plan.to_json() | {"command": list(command or []), "versions": versions()}
+        _write_json(staging / RECORD, record)
+        (staging / PENDING_CONFIG).write_text(plan.config.to_json_string())
+
+
+def check_destination(source: str, destination: Path, *, overwrite: bool) -> None:
+    """Refuse a destination that is the source, lies within it or holds it, or that would replace what is not ours."""
+    target = destination.resolve()
+    if Path(source).exists():
+        origin = Path(source).resolve()
+        if target == origin:
+            raise InputError(f"{destination}: output and input are the same folder")
+        if target.is_relative_to(origin) or origin.is_relative_to(target):
+            raise InputError(f"{destination}: output and input ({source}) lie one within the other")
+    elif not is_hub_id(source):
+        raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
+    if not destination.exists() or (destination / PENDING_CONFIG).is_file():
+        return
+    if not overwrite:
+        raise InputError(f"{destination}: already exists; pass --overwrite to replace it, or name another folder")
+    if not (destination / MANIFEST).is_file():
+        raise InputError(f"{destination}: has no {MANIFEST}, so t2r did not write it and does not replace it")
+
+
+def check_space(plan: Plan, destination: Path) -> None:
+    """Refuse to start when the disk of `destination` has no room for the plan."""
+    parent = destination.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed = plan.nbytes + sum(path.stat().st_size for path in plan.checkpoint.copied_files()) + _SPARE_BYTES
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise InputError(f"{destination}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of a conversion."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"t2r": t2r.__version__, "python": platform.python_version(), **packages}
+
+
+class InitialValues:
+    """Initial values of the mixers' new parameters; the values of one layer at a time are kept."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._layers = plan.student.model.layers
+        self._places = new_tensor_names(plan.student)
+        self._seed = plan.seed
+        self._layer: int | None = None
+        self._values: dict[str, Tensor] = {}
+
+    def value(self, tensor: TensorPlan) -> Tensor:
+        """The initial value of one new tensor; the same for the same seed, whatever else is converted."""
+        layer, name = self._places[tensor.name]
+        if layer != self._layer:
+            self._values = self._layers[layer].self_attn.initial_values(layer_generator(self._seed, layer))
+            self._layer = layer
+        return self._values[name].reshape(tensor.shape)
+
+
+def _write_weights(plan: Plan, staging: Path, *, allow_nonfinite: bool) -> dict[str, str]:
+    """Write every shard and its index; a second thread verifies a shard while the next one is written."""
+    sums: dict[str, str] = {}
+    checks: list[Future[None]] = []
+    new = InitialValues(plan)
+    with Progress("convert", plan.nbytes) as progress, ThreadPoolExecutor(1, thread_name_prefix="verify") as verifier:
+        for file, tensors in plan.shards.items():
+            path = staging / file
+            sums[file] = write_shard(path, tensors, new, allow_nonfinite=allow_nonfinite, advance=progress.advance)
+            checks.append(verifier.submit(verify_shard, path, tensors, sums[file]))
+        for check in checks:
+            check.result()
+    if len(plan.shards) > 1:
+        _write_json(staging / INDEX, build_index(plan.shards))
+    return sums
+
+
+def _check_tied(plan: Plan) -> None:
+    """A head that the config calls tied must equal the embedding, or dropping it would change the model."""
+    for dropped in plan.dropped:
+        if dropped.name != "lm_head.weight" or dropped.source is None:
+            continue
+        embedding = plan.checkpoint.tensors["model.embed_tokens.weight"]
+        head = dropped.source
+        same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            for a, b in zip(read_blocks(head), read_blocks(embedding), strict=True)
+        )
+        if not same:
+            raise InputError(
+                f"{head.file}: lm_head.weight differs from model.embed_tokens.weight, config.json says "
+                "tie_word_embeddings = true"
+            )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
