@@ -1,0 +1,43 @@
+"""Load a teacher or a student and its tokenizer by path or Hub id."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from t2r.errors import InputError
+
+
+def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """A language model in evaluation mode and its tokenizer.
+
+    Args:
+        path: a folder, or a Hub id such as "org/name". Code that comes with a model is never run.
+        dtype: "auto" keeps the stored dtype.
+        device: "auto" is the GPU when there is one.
+
+    Raises:
+        InputError: no such folder and no Hub id, a folder without a model, or a device that is not here.
+    """
+    source = str(path)
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise InputError(f"{source}: not a model (no config.json)")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: cannot be loaded: {' '.join(str(error).split())}") from error
+    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        return model.to(target).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,169 @@
+"""Gated Slot Attention (Zhang et al., arXiv 2409.07146) in two styles: `transfer`, which starts as the teacher's own
+attention over sinks and a window, and `paper`."""
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from t2r.model.mixers.base import MixerOptions, RecurrentMixer, Rotary, States, head_shape
+from t2r.model.sequence import SequenceInfo
+from t2r_kernels import gsa, gsa_step
+
+TRANSFER_ONLY = ("sinks", "ring", "clock_amplitude", "half_lives")
+
+
+class GSAOptions(MixerOptions):
+    """Options of `gsa`. sinks + ring <= slots; slots beyond them are long-lived."""
+
+    name: Literal["gsa"] = "gsa"
+    style: Literal["transfer", "paper"] = "transfer"
+    slots: int = Field(64, ge=1, le=4096)
+    sinks: int = Field(4, ge=0, description="slots that keep the first tokens (transfer)")
+    ring: int | None = Field(None, ge=0, description="slots that keep the last tokens; slots - sinks (transfer)")
+    clock_amplitude: float = Field(10.0, ge=0.0, le=80.0, description="how firmly the clock sets the gate (transfer)")
+    half_lives: tuple[float, float] = Field(
+        (32.0, 2048.0), description="shortest and longest half-life of the long-lived slots, in tokens (transfer)"
+    )
+    tau: float = Field(8.0, gt=0.0, description="divisor of the logarithm of the gate (paper)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        paper = values.get("style") == "paper"
+        if foreign := [key for key in (TRANSFER_ONLY if paper else ("tau",)) if key in values]:
+            raise ValueError(f"{', '.join(foreign)}: not an option of style {'paper' if paper else 'transfer'}")
+        slots, sinks = values.get("slots", 64), values.get("sinks", 4)
+        if not paper and values.get("ring") is None and isinstance(slots, int) and isinstance(sinks, int):
+            return {**values, "ring": max(slots - sinks, 0)}
+        return values
+
+    @model_validator(mode="after")
+    def _fit(self) -> "GSAOptions":
+        if self.style == "transfer" and self.sinks + (self.ring or 0) > self.slots:
+            raise ValueError(f"sinks {self.sinks} + ring {self.ring} must be at most slots {self.slots}")
+        if not 0 < self.half_lives[0] <= self.half_lives[1]:
+            raise ValueError(f"half_lives {self.half_lives}: must be positive, the shortest first")
+        return self
+
+    def stored(self) -> dict[str, Any]:
+        """As `MixerOptions.stored`, without the other style's options."""
+        foreign = TRANSFER_ONLY if self.style == "paper" else ("tau",)
+        return {key: value for key, value in super().stored().items() if key not in foreign}
+
+
+class GSAMixer(RecurrentMixer):
+    """K_t = alpha_t K_{t-1} + (1 - alpha_t) k_t, V_t likewise, o_t = V_t^T softmax(scale K_t q_t), per key/value head.
+
+    transfer: q, k, v, RoPE, scale and o_proj are the host's, and
+
+        alpha_t = sigmoid(W x_t + b + a * clock(t)),    alpha = 0 in every slot at the first token of a sequence.
+
+    The clock is -1 in the slot that token t writes and +1 in the other sinks and the rest of the ring: token t < S
+    writes slot t, token t >= S slot S + (t - S) mod R. As a grows this is softmax attention over the first S and the
+    last R tokens, exactly, for t >= S + R. Long-lived slots have no clock; their b is the logit of a half-life. The
+    gates of the first token make every slot a weighted mean of keys from the start (an empty slot would pull the
+    softmax towards zero).
+
+    paper: swish on q, k and v, no positions, scale 1, alpha_t = sigmoid(W x_t)^(1/tau), and RMSNorm(swish(o)) over all
+    heads before o_proj. Parameters correspond to fla's layer: gate_proj is its f_proj, g_norm its g_norm.
+    """
+
+    options_class: ClassVar[type[MixerOptions]] = GSAOptions
+
+    def __init__(self, attention: nn.Module, config: PreTrainedConfig, options: GSAOptions, layer_idx: int) -> None:
+        super().__init__(attention, config, options, layer_idx)
+        gates = (self.heads, options.slots)
+        self.gate_proj = nn.Linear(config.hidden_size, math.prod(gates), bias=False)
+        if options.style == "paper":
+            self.g_norm = nn.RMSNorm(self.query_heads * self.head_dim, eps=config.rms_norm_eps)
+            self.scaling = 1.0
+        else:
+            # apart from gate_proj, so that they are added in float32 however low the weights' precision is
+            self.gate_bias = nn.Parameter(torch.empty(gates))
+            self.clock_amplitude = nn.Parameter(torch.empty(gates))
+
+    def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """transfer: W = 0, so that the clock alone decides. paper: W normal, norm weight 1."""
+        options, shape = self.options, (self.heads * self.options.slots, self.config.hidden_size)
+        if options.style == "paper":
+            std = self.config.initializer_range
+            weight = torch.empty(shape, device="cpu").normal_(std=std, generator=generator)
+            return {"gate_proj.weight": weight, "g_norm.weight": torch.ones(self.query_heads * self.head_dim)}
+        long_lived = options.slots - options.sinks - options.ring
+        bias = torch.zeros(options.slots, device="cpu")
+        if long_lived:
+            shortest, longest = (math.log(x) for x in options.half_lives)
+            half_life = torch.linspace(shortest, longest, long_lived, device="cpu").exp()
+            # alpha = 2^(-1 / half-life); its logit is -log(2^(1 / half-life) - 1)
+            bias[-long_lived:] = -torch.expm1(math.log(2.0) / half_life).log()
+        return {
+            "gate_proj.weight": torch.zeros(shape, device="cpu"),
+            "gate_bias": bias.repeat(self.heads, 1),
+            "clock_amplitude": torch.full((self.heads, options.slots), options.clock_amplitude, device="cpu"),
+        }
+
+    def inputs(self, hidden_states: Tensor, rotary: Rotary, info: SequenceInfo) -> States:
+        """q, k, v and log_alpha [B, T, H, M]."""
+        gate = self.gate_proj(hidden_states).float().unflatten(-1, (self.heads, -1))
+        if self.options.style == "paper":
+            q, k, v = (F.silu(x) for x in self.project(hidden_states, None))
+            log_alpha = F.logsigmoid(gate) / self.options.tau
+        else:
+            q, k, v = self.project(hidden_states, rotary)
+            log_alpha = self._transfer_gates(gate, info.position)
+        if info.mask is not None:
+            log_alpha = log_alpha.masked_fill(~info.mask[:, :, None, None], 0.0)
+        return q, k, v, log_alpha
+
+    def _transfer_gates(self, gate: Tensor, position: Tensor) -> Tensor:
+        beat = clock(position, self.options.slots, self.options.sinks, self.options.ring)[:, :, None]
+        log_alpha = F.logsigmoid(gate + self.gate_bias.float() + self.clock_amplitude.float() * beat)
+        return log_alpha.masked_fill(position[:, :, None, None] == 0, -math.inf)
+
+    def scan(
+        self, inputs: States, state: States | None, output_final_state: bool, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, States | None]:
+        """As `RecurrentMixer.scan`."""
+        return gsa(
+            *inputs,
+            scale=self.scaling,
+            initial_state=state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def step(self, inputs: States, state: States) -> Tensor:
+        """As `RecurrentMixer.step`."""
+        return gsa_step(*inputs, state, scale=self.scaling)
+
+    def output(self, o: Tensor) -> Tensor:
+        """As `RecurrentMixer.output`."""
+        return self.o_proj(self.g_norm(F.silu(o.flatten(2)))) if self.options.style == "paper" else super().output(o)
+
+    @classmethod
+    def state_shapes(cls, config: PreTrainedConfig, options: GSAOptions) -> list[tuple[int, ...]]:
+        """As `Mixer.state_shapes`: K and V."""
+        _, heads, dim = head_shape(config)
+        return [(heads, options.slots, dim)] * 2
+
+
+def clock(position: Tensor, slots: int, sinks: int, ring: int) -> Tensor:
+    """[B, T, M] float32 from position [B, T]: -1 in the slot that a token writes, +1 elsewhere in sinks and ring, 0 in
+    the long-lived slots."""
+    slot = torch.arange(slots, device=position.device)
+    beat = torch.where(slot == written_slot(position, sinks, ring)[..., None], -1.0, 1.0)
+    return torch.where(slot < sinks + ring, beat, 0.0)
+
+
+def written_slot(position: Tensor, sinks: int, ring: int) -> Tensor:
+    """The slot that each token writes: its own while there are sinks left, then around the ring; without a ring, none
+    (slot number `sinks`)."""
+    around = (position - sinks) % ring if ring else 0
+    return torch.where(position < sinks, position, sinks + around)

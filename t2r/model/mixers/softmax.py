@@ -1,0 +1,110 @@
+"""Softmax attention: the host's own (no window), or over the first `sinks` and the last `window` tokens.
+
+Sinks with a window are StreamingLLM's attention pattern (Xiao et al., arXiv 2309.17453), here without moving the
+positions: keys keep the rotation they were made with. It is what a clocked `gsa` starts as, and its control.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from t2r.model.mixers.base import Mixer, MixerOptions, Rotary, States, head_shape, model_dtype
+from t2r.model.mixers.gsa import written_slot
+from t2r.model.sequence import SequenceInfo
+
+
+class SoftmaxOptions(MixerOptions):
+    """Options of `softmax`."""
+
+    name: Literal["softmax"] = "softmax"
+    window: int | None = Field(None, ge=1, description="how many last tokens are seen; null keeps the host's attention")
+    sinks: int = Field(0, ge=0, description="how many first tokens stay visible beside the window")
+
+    @model_validator(mode="after")
+    def _fit(self) -> "SoftmaxOptions":
+        if self.sinks and self.window is None:
+            raise ValueError(f"sinks {self.sinks}: needs a window")
+        return self
+
+
+class SoftmaxMixer(Mixer):
+    """Attention over sinks and window. Its cache is S + R keys and values, each in the slot that the clock names, so
+    decoding memory is as constant as a recurrent mixer's."""
+
+    options_class: ClassVar[type[MixerOptions]] = SoftmaxOptions
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rotary,
+        attention_mask: SequenceInfo,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As `Mixer.forward`."""
+        info = attention_mask
+        q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states, position_embeddings))
+        seen = self._visible(info, info)
+        own = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)  # padding sees itself: no empty softmax
+        seen, keys, values = seen | own, k, v
+        if past_key_values is not None:
+            layer = past_key_values.layers[self.layer_idx]
+            if layer.states is not None:
+                old_k, old_v = layer.states
+                keys, values = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
+                seen = torch.cat([self._visible(info, self._ring(info.position[:, 0])), seen], 2)
+            layer.store(self._write(layer.states, k, v, info))
+        o = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=seen[:, None], scale=self.scaling, enable_gqa=self.query_heads != self.heads
+        )
+        return self.o_proj(o.transpose(1, 2).flatten(2)), None
+
+    def _visible(self, query: SequenceInfo, key: SequenceInfo) -> Tensor:
+        """[B, T, J] bool: what each query sees of J keys."""
+        age = query.position[:, :, None] - key.position[:, None]
+        seen = (age >= 0) & ((age < self.options.window) | (key.position[:, None] < self.options.sinks))
+        if key.mask is not None:
+            seen = seen & key.mask[:, None]
+        documents = query.documents()
+        return seen if documents is None else seen & (documents[:, :, None] == documents[:, None])
+
+    def _ring(self, seen: Tensor) -> SequenceInfo:
+        """Which token each of the S + R slots holds after `seen` [B] tokens; the mask is False where none is."""
+        sinks, ring = self.options.sinks, self.options.window
+        slot = torch.arange(sinks + ring, device=seen.device)
+        last = seen[:, None] - 1
+        token = torch.where(slot < sinks, slot, last - (last - slot) % ring)
+        return SequenceInfo(token, (token < seen[:, None]) & ((slot < sinks) | (token >= sinks)))
+
+    def _write(self, states: States | None, k: Tensor, v: Tensor, info: SequenceInfo) -> States:
+        """The slots after these tokens; of the tokens that meet in a slot, only the last is written."""
+        sinks, ring = self.options.sinks, self.options.window
+        position = info.position
+        end = position[:, -1:] + (1 if info.mask is None else info.mask[:, -1:].long())
+        kept = (position < sinks) | (position >= end - ring)
+        if info.mask is not None:
+            kept = kept & info.mask
+        # one slot more than there are, for the tokens that are not kept
+        index = torch.where(kept, written_slot(position, sinks, ring), sinks + ring)[:, None, :, None].expand_as(k)
+        new = []
+        for old, fresh in zip(states or (None, None), (k, v), strict=True):
+            slots = fresh.new_zeros(*fresh.shape[:2], sinks + ring + 1, fresh.shape[-1])
+            if old is not None:
+                slots[:, :, :-1] = old
+            new.append(slots.scatter(2, index, fresh)[:, :, :-1])
+        return tuple(new)
+
+    @classmethod
+    def state_shapes(cls, config: PreTrainedConfig, options: SoftmaxOptions) -> list[tuple[int, ...]]:
+        """As `Mixer.state_shapes`: keys and values. Without a window there is no state of constant size."""
+        _, heads, dim = head_shape(config)
+        return [] if options.window is None else [(heads, options.sinks + options.window, dim)] * 2
+
+    @classmethod
+    def state_dtype(cls, config: PreTrainedConfig) -> torch.dtype:
+        """As `Mixer.state_dtype`: keys and values are kept as they were computed."""
+        return model_dtype(config)
