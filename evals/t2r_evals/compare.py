@@ -6,11 +6,12 @@ standard errors suggest, and says which items moved.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from t2r_evals.schema import Comparison, ModelResult
+from t2r_evals.schema import Comparison, Example, ModelResult
 
 CONFIDENCE = 0.95
 
@@ -99,19 +100,16 @@ def compare_pair(model: ModelResult, baseline: ModelResult) -> list[Comparison]:
                 higher_is_better=False,
             )
         )
-    ours_by_task, theirs_by_task = _by_task(model), _by_task(baseline)
     for task, result in model.tasks.items():
-        if task not in baseline.tasks or task not in ours_by_task or task not in theirs_by_task:
-            continue
-        mine, other = ours_by_task[task], theirs_by_task[task]
-        shared = [document for document in mine if document in other]
+        mine, other = (_primary_rows(m, task, result.primary) for m in (model, baseline))
+        shared = [key for key in mine if key in other]
         if not shared:
             continue
         metric = result.metrics[result.primary]
         found.append(
             compare_values(
-                np.array([mine[document] for document in shared]),
-                np.array([other[document] for document in shared]),
+                np.array([mine[key]["value"] for key in shared]),
+                np.array([other[key]["value"] for key in shared]),
                 measurement=task,
                 metric=result.primary,
                 model=model.name,
@@ -132,11 +130,35 @@ def compare_all(results: Sequence[ModelResult]) -> list[Comparison]:
     return [found for result in results if result is not teacher for found in compare_pair(result, teacher)]
 
 
-def _by_task(result: ModelResult) -> dict[str, dict[tuple[str, str], float]]:
-    """Value of each task's primary metric by (document, hash of its content): a changed document never pairs."""
-    values: dict[str, dict[tuple[str, str], float]] = {}
-    for row in result.samples:
-        task = result.tasks.get(row["task"])
-        if task is not None and row["metric"] == task.primary:
-            values.setdefault(row["task"], {})[row["document"], row["doc_hash"]] = row["value"]
-    return values
+def worst_examples(results: Sequence[ModelResult], per_task: int = 3) -> list[Example]:
+    """The first documents of each task that the teacher has right and the first student wrong."""
+    teacher = next((result for result in results if result.role == "teacher"), None)
+    student = next((result for result in results if result.role == "student"), None)
+    if teacher is None or student is None:
+        return []
+    found: list[Example] = []
+    for task, result in student.tasks.items():
+        rows = [_primary_rows(model, task, result.primary) for model in (student, teacher)]
+        lost = [
+            key for key, row in rows[0].items() if row["value"] == 0 and rows[1].get(key, {"value": 0})["value"] == 1
+        ]
+        found += [
+            Example(
+                task=task,
+                model=student.name,
+                baseline=teacher.name,
+                document=rows[0][key]["document"],
+                prompt=rows[0][key]["prompt"],
+                target=rows[0][key]["target"],
+                model_response=rows[0][key]["response"],
+                baseline_response=rows[1][key]["response"],
+            )
+            for key in lost[:per_task]
+        ]
+    return found
+
+
+def _primary_rows(result: ModelResult, task: str, metric: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Per-sample rows of one metric by (document, hash of its content): a changed document never pairs."""
+    rows = (row for row in result.samples if row["task"] == task and row["metric"] == metric)
+    return {(row["document"], row["doc_hash"]): row for row in rows}

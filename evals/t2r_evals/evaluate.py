@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from t2r_evals import harness, language
 from t2r_evals.errors import InputError
-from t2r_evals.schema import ModelResult, Record, Role
+from t2r_evals.schema import ModelResult, Record, Role, TaskResult
 from t2r_evals.suites import resolve_tasks
 
 
@@ -92,7 +92,8 @@ def evaluate(
                 far_repeat_min_id=options.far_repeat_min_id,
                 teacher=teacher,
             )
-        tasks, samples = {}, []
+        tasks: dict[str, TaskResult] = {}
+        samples: list[dict[str, Any]] = []
         if specs:
             tasks, samples = harness.run_tasks(
                 model,

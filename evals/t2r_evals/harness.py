@@ -183,7 +183,7 @@ def _task_result(
     seconds: float,
 ) -> TaskResult:
     scores = output["results"][name]
-    better = {}
+    better: dict[str, bool] = {}
     for leaf in leaves:
         better |= output["higher_is_better"].get(leaf) or {}
     metrics = {}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 Role = Literal["teacher", "student", "control"]
 
@@ -177,6 +177,30 @@ class Sample(Record):
     model: str | None = None
 
 
+class Example(Record):
+    """A document that `baseline` had right and `model` wrong."""
+
+    task: str
+    model: str
+    baseline: str
+    document: str
+    prompt: str
+    target: str
+    model_response: str
+    baseline_response: str
+
+
+class Run(Record):
+    """One of the runs that a comparison puts side by side."""
+
+    label: str
+    source: str | None = None
+    mixer: str | None = None
+    tokens: int
+    seconds: float
+    created: str
+
+
 class Report(Record):
     """The whole record of a run. Only `title`, `created` and `results` are required: an evaluation alone has no
     conversion and no stages."""
@@ -193,6 +217,8 @@ class Report(Record):
     stages: list[Stage] = []
     results: list[ModelResult]
     comparisons: list[Comparison] | None = None
+    worst: list[Example] | None = None
+    runs: list[Run] = []
     samples: list[Sample] = []
     settings: dict[str, Any] = {}
     notes: list[str] = []

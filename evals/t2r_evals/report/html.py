@@ -1,8 +1,77 @@
-"""report.html: one self-contained file."""
+"""report.html: one self-contained file, readable in light and dark, on a phone and on paper."""
 
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from t2r_evals.report import formats as f
+from t2r_evals.report import view
+from t2r_evals.report.plots import figures
+from t2r_evals.report.svg import STYLE
 from t2r_evals.schema import Report
+
+
+@dataclass(frozen=True)
+class Tile:
+    value: str
+    label: str
 
 
 def render_html(report: Report) -> str:
     """The report as one HTML file without any reference to another."""
-    raise NotImplementedError
+    from markupsafe import Markup
+
+    facts = [*report.machine.items(), *report.versions.items(), *((k, str(v)) for k, v in report.settings.items())]
+    return _template().render(
+        report=report,
+        verdict=view.verdict(report),
+        tiles=tiles(report),
+        tables={
+            "runs": view.run_table(report),
+            "language": view.language_table(report),
+            "tasks": view.task_table(report),
+            "comparison": view.comparison_table(report),
+            "size": view.size_table(report),
+            "speed": view.speed_table(report),
+            "stages": view.stage_table(report),
+        },
+        figures=figures(report),
+        facts=facts,
+        chart_style=Markup(STYLE),
+    )
+
+
+def tiles(report: Report) -> list[Tile]:
+    """The few numbers to remember, of the first student."""
+    student, teacher = next(iter(report.by_role("student")), None), view.teacher_of(report)
+    if student is None:
+        return []
+    found = []
+    distance = view.excess(student, teacher)
+    if distance is not None:
+        found.append(Tile(f.signed(distance), "nats per token against the teacher"))
+    shares = [c.recovered for c in report.comparisons or [] if c.model == student.name and c.recovered is not None]
+    if shares:
+        found.append(
+            Tile(f"{100 * sum(shares) / len(shares):.0f}%", f"of the gain over chance kept, {len(shares)} tasks")
+        )
+    if report.stages:
+        found.append(Tile(f.count(view.trained_tokens(report)), "training tokens"))
+        found.append(Tile(f.duration(sum(stage.seconds for stage in report.stages)), "training time"))
+    if student.state_bytes:
+        found.append(Tile(f.size(student.state_bytes), "state per sequence, at any length"))
+    cross = view.crossover(student, teacher)
+    if cross is not None:
+        found.append(Tile(f"{cross:,}", "tokens from which it needs less memory"))
+    return found
+
+
+@cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string((Path(__file__).parent / "page.html.j2").read_text(encoding="utf-8"))

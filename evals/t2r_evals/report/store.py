@@ -6,18 +6,21 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from t2r_evals.compare import compare_all
+from t2r_evals.compare import compare_all, worst_examples
 from t2r_evals.errors import InputError
 from t2r_evals.report.html import render_html
 from t2r_evals.report.markdown import render_markdown
+from t2r_evals.report.plots import figures
+from t2r_evals.report.svg import standalone
 from t2r_evals.schema import SCHEMA_VERSION, Report
 
 
 def write_report(report: Report, folder: Path) -> Report:
-    """Write report.json, report.md, report.html and, where there are per-sample results, samples.parquet.
+    """Write report.json, report.md, report.html, figures/*.svg (for papers and the Markdown) and, where there are
+    per-sample results, samples.parquet.
 
-    Comparisons that the caller left out (None) are computed here. The folder is made when missing; its own files are
-    replaced one by one, each whole or not at all.
+    Comparisons and examples that the caller left out (None) are computed here. The folder is made when missing; its
+    own files are replaced one by one, each whole or not at all.
 
     Returns:
         The report as written.
@@ -26,9 +29,14 @@ def write_report(report: Report, folder: Path) -> Report:
     folder.mkdir(parents=True, exist_ok=True)
     if report.comparisons is None:
         report = report.model_copy(update={"comparisons": compare_all(report.results)})
+    if report.worst is None:
+        report = report.model_copy(update={"worst": worst_examples(report.results)})
     _replace(folder / "report.json", report.model_dump_json(indent=1) + "\n")
     _replace(folder / "report.md", render_markdown(report))
     _replace(folder / "report.html", render_html(report))
+    for figure in figures(report):
+        (folder / "figures").mkdir(exist_ok=True)
+        _replace(folder / "figures" / f"{figure.name}.svg", standalone(figure.svg))
     rows = [{"model": result.name, **row} for result in report.results for row in result.samples]
     if rows:
         import pyarrow

@@ -1,0 +1,351 @@
+"""What a report says, before anyone decides how it looks: sentences and tables, pure functions of `Report`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from t2r_evals.report import formats as f
+from t2r_evals.schema import Comparison, ModelResult, Report, Role
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text, and what it sorts by (None sorts last)."""
+
+    text: str
+    key: float | str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """`numeric` columns align right; `note` explains what the columns need."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+    numeric: Sequence[bool] = field(default=())
+
+    def is_numeric(self, column: int) -> bool:
+        return self.numeric[column] if self.numeric else column > 0
+
+
+def teacher_of(report: Report) -> ModelResult | None:
+    return next(iter(report.by_role("teacher")), None)
+
+
+def colors(report: Report) -> dict[str, int]:
+    """Chart colour by model name: the first teacher 0, then students, controls and further teachers 1..7."""
+    teacher = teacher_of(report)
+    roles: tuple[Role, ...] = ("student", "control", "teacher")
+    rest = [r for role in roles for r in report.by_role(role) if r is not teacher]
+    return ({teacher.name: 0} if teacher else {}) | {r.name: 1 + i % 7 for i, r in enumerate(rest)}
+
+
+def comparison_of(report: Report, model: ModelResult, measurement: str) -> Comparison | None:
+    found = (c for c in report.comparisons or [] if c.model == model.name and c.measurement == measurement)
+    return next(found, None)
+
+
+def excess(model: ModelResult, teacher: ModelResult | None) -> float | None:
+    """Loss above the teacher's in nats per token; None unless both read the same tokens."""
+    if teacher is None or model.language is None or teacher.language is None or model is teacher:
+        return None
+    if model.language.data_sha256 != teacher.language.data_sha256:
+        return None
+    return model.language.loss - teacher.language.loss
+
+
+def trained_tokens(report: Report) -> int:
+    return sum(stage.tokens for stage in report.stages)
+
+
+def verdict(report: Report) -> list[str]:
+    """The findings in sentences, the most important first."""
+    said = []
+    teacher = teacher_of(report)
+    students = report.by_role("student")
+    if report.conversion is not None:
+        said.append(_conversion_sentence(report, teacher))
+    for student in students:
+        distance = excess(student, teacher)
+        if distance is None or student.language is None or teacher is None or teacher.language is None:
+            continue
+        pair = comparison_of(report, student, "language")
+        interval = f" (95% interval {pair.low:+.3f} to {pair.high:+.3f})" if pair and pair.items > 1 else ""
+        cost = (
+            f"After {f.count(trained_tokens(report))} training tokens in {f.duration(_training_seconds(report))}, "
+            if report.stages and len(students) == 1
+            else ""
+        )
+        said.append(
+            f"{cost}{student.name} reads held-out text at {student.language.loss:.3f} nats per token, "
+            f"{_away(distance)} the teacher's {teacher.language.loss:.3f}{interval}."
+        )
+        said += _control_sentences(report, student, teacher, distance)
+    for student in students[:1]:
+        cross = crossover(student, teacher)
+        if cross is not None and student.state_bytes is not None:
+            said.append(
+                f"{student.name} keeps {f.size(student.state_bytes)} of state per sequence at any length; "
+                f"the teacher's KV cache is larger from {cross:,} tokens on."
+            )
+    return said
+
+
+def _conversion_sentence(report: Report, teacher: ModelResult | None) -> str:
+    assert report.conversion is not None
+    c = report.conversion
+    source = report.source or (teacher.name if teacher else "the teacher")
+    layers = f" in {c.layers_converted} of {c.layers_total} layers" if c.layers_total else ""
+    new = (
+        f"; {f.count(c.parameters_new)} of its {f.count(c.parameters_after)} parameters are new"
+        if c.parameters_new is not None and c.parameters_after
+        else ""
+    )
+    return f"{source} was converted to {c.mixer}{layers}{new}."
+
+
+def _control_sentences(report: Report, student: ModelResult, teacher: ModelResult, distance: float) -> list[str]:
+    known = [(control, excess(control, teacher)) for control in report.by_role("control")]
+    controls = [(control, value) for control, value in known if value is not None]
+    if not controls:
+        return []
+    listed = ", ".join(f"{control.name} {value:+.3f}" for control, value in controls)
+    ahead = [control.name for control, value in controls if value <= distance]
+    if ahead:
+        return [f"Controls, above the teacher: {listed}. {student.name} does not beat {' and '.join(ahead)} on loss."]
+    return [f"Controls, above the teacher: {listed}. {student.name} beats {'each' if len(controls) > 1 else 'it'}."]
+
+
+def _away(distance: float) -> str:
+    return f"{abs(distance):.3f} {'above' if distance >= 0 else 'below'}"
+
+
+def _training_seconds(report: Report) -> float:
+    return sum(stage.seconds for stage in report.stages)
+
+
+def crossover(student: ModelResult, teacher: ModelResult | None) -> int | None:
+    """First context length at which the teacher's KV cache is larger than the student's state and cache."""
+    if teacher is None or not student.state_bytes or not teacher.kv_bytes_per_token:
+        return None
+    growth = teacher.kv_bytes_per_token - (student.kv_bytes_per_token or 0)
+    return student.state_bytes // growth + 1 if growth > 0 else None
+
+
+def language_table(report: Report) -> Table | None:
+    """One row per model: loss, excess over the teacher, perplexity, bits per byte, far repeats, KL."""
+    read = [r for r in report.results if r.language is not None]
+    if not read:
+        return None
+    teacher = teacher_of(report)
+    with_kl = any(r.language and r.language.kl_to_teacher is not None for r in read)
+    columns = ["model", "loss", "above teacher", "perplexity", "bits/byte", "far-repeat loss", "above teacher (far)"]
+    rows = []
+    for result in read:
+        spoken = result.language
+        assert spoken is not None
+        distance = excess(result, teacher)
+        far = None
+        if distance is not None and teacher and teacher.language and spoken.far_repeat_loss is not None:
+            far_teacher = teacher.language.far_repeat_loss
+            far = None if far_teacher is None else spoken.far_repeat_loss - far_teacher
+        row = [
+            _name(result),
+            Cell(f.loss(spoken.loss), spoken.loss),
+            Cell(f.signed(distance), distance),
+            Cell(f"{spoken.perplexity:.4g}", spoken.perplexity),
+            Cell(f.loss(spoken.bits_per_byte), spoken.bits_per_byte),
+            Cell(f.loss(spoken.far_repeat_loss), spoken.far_repeat_loss),
+            Cell(f.signed(far), far),
+        ]
+        if with_kl:
+            row += [
+                Cell(f.loss(spoken.kl_to_teacher), spoken.kl_to_teacher),
+                Cell(f.percent(spoken.top1_agreement), spoken.top1_agreement),
+            ]
+        rows.append(row)
+    first = read[0].language
+    assert first is not None
+    note = (
+        f"Nats per token on {first.tokens:,} tokens ({first.windows} windows of {first.window:,}; "
+        f"{first.bytes:,} bytes). Far repeats: {first.far_repeat_tokens:,} positions whose bigram last occurred more "
+        f"than {first.far_repeat_gap} tokens earlier in the window (target id above {first.far_repeat_min_id})."
+    )
+    if with_kl:
+        columns += ["KL to teacher", "same top token, %"]
+    return Table(columns, rows, note)
+
+
+def size_table(report: Report) -> Table | None:
+    """Parameters and memory per sequence."""
+    if not any(r.state_bytes or r.kv_bytes_per_token for r in report.results):
+        return None
+    rows = []
+    for r in report.results:
+        rows.append(
+            [
+                _name(r),
+                Cell(f.count(r.parameters), r.parameters),
+                Cell(f.size(r.state_bytes or None), r.state_bytes),
+                Cell(f.size(r.kv_bytes_per_token or None), r.kv_bytes_per_token),
+                *[Cell(f.size(memory_at(r, n)), memory_at(r, n)) for n in (2048, 32768, 131072)],
+            ]
+        )
+    columns = ["model", "parameters", "state", "KV cache per token", "at 2K tokens", "at 32K", "at 128K"]
+    return Table(columns, rows, "Memory of one sequence beside the weights.")
+
+
+def memory_at(result: ModelResult, tokens: int) -> int:
+    """Bytes that a sequence of `tokens` keeps."""
+    return (result.state_bytes or 0) + (result.kv_bytes_per_token or 0) * tokens
+
+
+def task_table(report: Report) -> Table | None:
+    """One row per task; per model its score with standard error, and the share of the teacher's gain over chance."""
+    tasks = list(dict.fromkeys(name for r in report.results for name in r.tasks))
+    if not tasks:
+        return None
+    models = [r for r in report.results if r.tasks]
+    students = [r for r in models if r.role != "teacher" and any(comparison_of(report, r, t) for t in tasks)]
+    columns = ["task", "metric", "shots", "documents", "chance", *[r.name for r in models]]
+    columns += [f"recovered, {r.name}" if len(students) > 1 else "recovered, %" for r in students]
+    rows = []
+    for task in tasks:
+        first = next(r.tasks[task] for r in models if task in r.tasks)
+        row = [
+            Cell(task, task),
+            Cell(first.primary, first.primary),
+            Cell(str(first.shots), first.shots),
+            Cell(f"{first.documents:,}" + (" (limited)" if first.limit else ""), first.documents),
+            Cell(f.percent(first.chance) if first.chance else f.BLANK, first.chance),
+        ]
+        row += [_score(r, task) for r in models]
+        for r in students:
+            pair = comparison_of(report, r, task)
+            value = pair.recovered if pair else None
+            row.append(Cell(f.percent(value), value))
+        rows.append(row)
+    numeric = [False, False] + [True] * (len(columns) - 2)
+    cut = sum(t.truncated for r in models for t in r.tasks.values())
+    contexts = sorted({t.max_length for r in models for t in r.tasks.values()})
+    note = (
+        "Accuracies in % ± standard error. Recovered = (model - chance) / (teacher - chance), blank where the teacher "
+        f"is within two standard errors of chance. Context {', '.join(f'{c:,}' for c in contexts)} tokens; "
+        f"{cut:,} prompts were cut on the left to fit."
+    )
+    return Table(columns, rows, note, numeric)
+
+
+def _score(result: ModelResult, task: str) -> Cell:
+    if task not in result.tasks:
+        return Cell(f.BLANK)
+    metric = result.tasks[task].metrics[result.tasks[task].primary]
+    if not metric.higher_is_better or metric.value > 1:
+        return Cell(f"{metric.value:.4g}", metric.value)
+    stderr = "" if metric.stderr is None else f" ± {100 * metric.stderr:.1f}"
+    return Cell(f.percent(metric.value) + stderr, metric.value)
+
+
+def comparison_table(report: Report) -> Table | None:
+    """Every paired comparison."""
+    if not report.comparisons:
+        return None
+    rows = []
+    for c in report.comparisons:
+        scale, show = (1.0, "{:+.3f}") if c.mcnemar_p is None else (100.0, "{:+.1f}")
+        interval = f"{show.format(scale * c.low)} to {show.format(scale * c.high)}" if c.items > 1 else f.BLANK
+        rows.append(
+            [
+                Cell(c.measurement, c.measurement),
+                Cell(c.model, c.model),
+                Cell(f"{c.items:,}", c.items),
+                Cell(show.format(scale * c.difference), c.difference),
+                Cell(interval, c.low),
+                Cell(f"{c.wins:,}", c.wins),
+                Cell(f"{c.losses:,}", c.losses),
+                Cell(f"{c.ties:,}", c.ties),
+                Cell(f.p_value(c.mcnemar_p), c.mcnemar_p),
+            ]
+        )
+    baseline = report.comparisons[0].baseline
+    columns = ["measurement", "model", "items", "difference", "95% interval", "better", "worse", "same", "McNemar p"]
+    note = (
+        f"Model minus {baseline} on the same items: windows of text (nats) or documents (points of accuracy); "
+        "Student t interval of the paired difference, exact two-sided McNemar p for right/wrong answers."
+    )
+    return Table(columns, rows, note, [False, False] + [True] * 7)
+
+
+def speed_table(report: Report) -> Table | None:
+    points = [(r, p) for r in report.results for p in r.speed]
+    if not points:
+        return None
+    rows = [
+        [
+            _name(r),
+            Cell(f"{p.context:,}", p.context),
+            Cell(str(p.batch), p.batch),
+            Cell(f.count(p.prefill_tokens_per_second), p.prefill_tokens_per_second),
+            Cell(f.count(p.decode_tokens_per_second), p.decode_tokens_per_second),
+            Cell(f.duration_ms(p.first_token_seconds), p.first_token_seconds),
+            Cell(f.size(p.peak_bytes), p.peak_bytes),
+            Cell(f.size(p.state_bytes), p.state_bytes),
+        ]
+        for r, p in points
+    ]
+    columns = [
+        "model",
+        "context",
+        "batch",
+        "prefill, tokens/s",
+        "decode, tokens/s",
+        "first token",
+        "peak memory",
+        "cache",
+    ]
+    return Table(columns, rows, "Rates over the whole batch; peak memory beyond the weights; cache of the whole batch.")
+
+
+def stage_table(report: Report) -> Table | None:
+    if not report.stages:
+        return None
+    rows = []
+    for s in report.stages:
+        last = next((p.validation_loss for p in reversed(s.curve) if p.validation_loss is not None), None)
+        rows.append(
+            [
+                Cell(s.name, s.name),
+                Cell(s.kind, s.kind),
+                Cell(f.count(s.tokens), s.tokens),
+                Cell(f"{s.steps:,}", s.steps),
+                Cell(f.duration(s.seconds), s.seconds),
+                Cell(f.count(s.tokens_per_second), s.tokens_per_second),
+                Cell(f.loss(last), last),
+                Cell(s.device or f.BLANK, s.device),
+            ]
+        )
+    columns = ["stage", "kind", "tokens", "steps", "time", "tokens/s", "last validation loss", "device"]
+    return Table(columns, rows, "", [False, False, True, True, True, True, True, False])
+
+
+def run_table(report: Report) -> Table | None:
+    """The runs that a comparison puts side by side."""
+    if not report.runs:
+        return None
+    rows = [
+        [
+            Cell(r.label, r.label),
+            Cell(r.source or f.BLANK, r.source),
+            Cell(r.mixer or f.BLANK, r.mixer),
+            Cell(f.count(r.tokens), r.tokens),
+            Cell(f.duration(r.seconds), r.seconds),
+            Cell(r.created, r.created),
+        ]
+        for r in report.runs
+    ]
+    columns = ["run", "source", "mixer", "training tokens", "training time", "created"]
+    return Table(columns, rows, "", [False, False, False, True, True, False])
+
+
+def _name(result: ModelResult) -> Cell:
+    return Cell(result.name if result.name == result.role else f"{result.name} ({result.role})", result.name)
