@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from t2r.convert.source import Checkpoint
@@ -57,7 +58,7 @@ def build_config(config_class: type[PreTrainedConfig], raw: Mapping[str, Any], p
     fields = {key: value for key, value in raw.items() if key in allowed_keys(config_class)}
     try:
         return config_class(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         # transformers reports a bad field over several lines
         raise InputError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
 

@@ -131,8 +131,7 @@ def make_plan(
     written = DTYPES[dtype] if dtype else None
     default = written or checkpoint.tensors[_EMBEDDING].dtype
     config.dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[default]
-    with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(config)
+    student = _lay_out(config, checkpoint)
     config.architectures = [type(student).__name__]
     targets, dropped = _account(checkpoint, config, student, written, default)
     return Plan(checkpoint, seed, config, student, _shard(targets, limit), dropped, ignored)
@@ -173,6 +172,19 @@ def _check_against_config(checkpoint: Checkpoint, host: PreTrainedConfig) -> Non
             f"{checkpoint.folder}: the weights have {len(layers)} layers, config.json says num_hidden_layers = "
             f"{host.num_hidden_layers}"
         )
+
+
+def _lay_out(config: PreTrainedConfig, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The student on the meta device: every name and shape, no weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except InputError:
+        raise
+    except (KeyError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
+        # what transformers raises for an unknown activation or rope type, say: the cause stays attached
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{checkpoint.folder / 'config.json'}: no model can be built from it ({reason})") from error
 
 
 def _account(

@@ -71,7 +71,6 @@ def fetch(source: str | Path) -> Path:
         raise InputError(f"{source}: a file, expected the folder of a checkpoint")
     if not is_hub_id(source):
         raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -81,8 +80,8 @@ def fetch(source: str | Path) -> Path:
         ).resolve()
     except LocalEntryNotFoundError as error:
         raise InputError(f"{source}: no such folder here, and the Hub cannot be reached") from error
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = " ".join(str(error).split())
         raise InputError(f"{source}: no such folder here, and the Hub says: {reason}") from error
 
 
