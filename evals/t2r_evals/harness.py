@@ -20,7 +20,7 @@ from typing import Any
 from t2r_evals.errors import InputError
 from t2r_evals.offline import offline_data, tree_key
 from t2r_evals.schema import TaskMetric, TaskResult
-from t2r_evals.suites import TaskSpec
+from t2r_evals.suites import TaskSpec, resolve_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,8 @@ def run_tasks(
     Raises:
         InputError: an unknown task, or no data for one.
     """
-    from lm_eval.tasks import TaskManager
-
-    tasks_root = tasks_root and Path(tasks_root).resolve()
     folder = folder and Path(folder).resolve()
-    with _quiet():
-        manager = TaskManager(include_path=None if tasks_root is None else str(tasks_root))
+    manager = _task_manager(tasks_root)
     for spec in tasks:
         _check_known(spec.task, manager)
     settings = {
@@ -89,6 +85,24 @@ def run_tasks(
         results |= {name: TaskResult.model_validate(value) for name, value in stored["results"].items()}
         rows += stored["rows"]
     return results, rows
+
+
+def check_tasks(suites: Sequence[str], tasks: Sequence[str], tasks_root: Path | None) -> None:
+    """Fail before any model is loaded: InputError on an unknown suite or task."""
+    specs = resolve_tasks(suites, tasks, None)
+    if specs:
+        manager = _task_manager(tasks_root)
+        for spec in specs:
+            _check_known(spec.task, manager)
+
+
+def _task_manager(tasks_root: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if tasks_root is not None and not Path(tasks_root).is_dir():
+        raise InputError(f"tasks_root: {tasks_root} is not a folder")
+    with _quiet():
+        return TaskManager(include_path=None if tasks_root is None else str(Path(tasks_root).resolve()))
 
 
 def _check_known(name: str, manager: Any) -> None:

@@ -90,7 +90,8 @@ class SpeedPoint(Record):
 
 class ModelResult(Record):
     """Everything measured on one model. Sizes: `state_bytes` per sequence, whatever its length;
-    `kv_bytes_per_token` grows with it."""
+    `kv_bytes_per_token` grows with it. `samples` are rows per document and metric; a report keeps them in
+    samples.parquet, not in its JSON."""
 
     name: str
     role: Role
@@ -101,7 +102,7 @@ class ModelResult(Record):
     language: LanguageResult | None = None
     tasks: dict[str, TaskResult] = {}
     speed: list[SpeedPoint] = []
-    samples: list[dict[str, Any]] = Field(default=[], exclude=True, repr=False)
+    samples: list[dict[str, Any]] = Field(default=[], repr=False)
 
 
 class Comparison(Record):

@@ -1,9 +1,11 @@
 """A crafted report, an untrained model of two layers and a byte-level tokenizer: enough to hold every behaviour."""
 
+import itertools
 import math
 from typing import Any
 
 import pytest
+
 from t2r_evals import schema
 from t2r_evals.language import position_edges
 
@@ -64,7 +66,7 @@ def language_result(loss: float, *, windows: int = 24, window: int = 2048) -> sc
         far_repeat_min_id=300,
         loss_by_position=[
             schema.PositionLoss(start=a, end=b, loss=mean + 2 / (1 + b / 30), tokens=windows * (b - a))
-            for a, b in zip(edges[:-1], edges[1:], strict=True)
+            for a, b in itertools.pairwise(edges)
         ],
         window_losses=losses,
         data_sha256="0" * 64,

@@ -1,5 +1,6 @@
 """report.html: one self-contained file, readable in light and dark, on a phone and on paper."""
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,6 @@ def render_html(report: Report) -> str:
     """The report as one HTML file without any reference to another."""
     from markupsafe import Markup
 
-    facts = [*report.machine.items(), *report.versions.items(), *((k, str(v)) for k, v in report.settings.items())]
     return _template().render(
         report=report,
         verdict=view.verdict(report),
@@ -37,7 +37,8 @@ def render_html(report: Report) -> str:
             "stages": view.stage_table(report),
         },
         figures=figures(report),
-        facts=facts,
+        facts={**report.machine, **report.versions},
+        settings=json.dumps(report.settings, indent=1, ensure_ascii=False) if report.settings else "",
         chart_style=Markup(STYLE),
     )
 

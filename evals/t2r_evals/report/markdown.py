@@ -1,5 +1,6 @@
 """report.md: the record for a terminal, a diff or a pull request."""
 
+import json
 import re
 
 from t2r_evals.report import view
@@ -48,9 +49,12 @@ def render_markdown(report: Report) -> str:
     parts += [f"Created {report.created}.", ""]
     if report.command:
         parts += [*_fence(report.command), ""]
-    facts = {**report.machine, **report.versions, **{k: str(v) for k, v in report.settings.items()}}
+    facts = {**report.machine, **report.versions}
     if facts:
         parts += ["| | |", "|---|---|", *[f"| {_inline(k)} | {_inline(v)} |" for k, v in facts.items()], ""]
+    if report.settings:
+        settings = json.dumps(report.settings, indent=1, ensure_ascii=False)
+        parts += ["<details><summary>Settings</summary>", "", *_fence(settings, "json"), "", "</details>", ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -66,8 +70,8 @@ def _inline(text: str) -> str:
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", re.sub(r"\s+", " ", text)).strip()
 
 
-def _fence(text: str) -> list[str]:
+def _fence(text: str, language: str = "text") -> list[str]:
     """A code block whose fence is longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return [f"{fence}text", text, fence]
+    return [f"{fence}{language}", text, fence]

@@ -46,19 +46,20 @@ def _memory(report: Report) -> Figure | None:
     color = view.colors(report)
     lengths = [2**e for e in range(7, 18)]
     series = [
-        Series(r.name, lengths, [view.memory_at(r, n) / 2**20 for n in lengths], color[r.name], r.role == "teacher")
+        Series(r.name, lengths, [view.memory_at(r, n) for n in lengths], color[r.name], r.role == "teacher")
         for r in shown
     ]
     caption = "Memory that one sequence keeps, by its length"
     svg = line_chart(
         series,
         title=caption,
-        x_label="tokens in context",
-        y_label="MiB per sequence",
+        x_label="context, tokens (log scale)",
+        y_label="bytes per sequence (log scale)",
         x_log=True,
         y_log=True,
+        y_base=2,
         x_format=f.tokens_axis,
-        y_format=lambda v: f"{v:.3g}",
+        y_format=f.size,
     )
     return Figure("memory-by-length", "verdict", caption, svg)
 
@@ -145,7 +146,7 @@ def _speed(report: Report) -> list[Figure]:
             svg = line_chart(
                 series,
                 title=caption,
-                x_label="context, tokens",
+                x_label="context, tokens (log scale)",
                 y_label=y_label,
                 x_log=True,
                 x_format=f.tokens_axis,

@@ -31,7 +31,9 @@ def write_report(report: Report, folder: Path) -> Report:
         report = report.model_copy(update={"comparisons": compare_all(report.results)})
     if report.worst is None:
         report = report.model_copy(update={"worst": worst_examples(report.results)})
-    _replace(folder / "report.json", report.model_dump_json(indent=1) + "\n")
+    _replace(
+        folder / "report.json", report.model_dump_json(indent=1, exclude={"results": {"__all__": {"samples"}}}) + "\n"
+    )
     _replace(folder / "report.md", render_markdown(report))
     _replace(folder / "report.html", render_html(report))
     for figure in figures(report):

@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 WIDTH, HEIGHT = 460, 290
 LEFT, RIGHT, BOTTOM = 58, 16, 44
-CHARACTER = 6.3  # mean width of a character at font-size 12, for laying out text that cannot be measured here
+CHARACTER = 6.8  # mean width of a character at font-size 12, for laying out text that cannot be measured here
 
 # Colours for both schemes; the page and the stand-alone files share them.
 STYLE = """
@@ -57,16 +57,17 @@ def line_chart(
     y_log: bool = False,
     x_format: Callable[[float], str] = lambda x: f"{x:g}",
     y_format: Callable[[float], str] = lambda y: f"{y:g}",
+    y_base: int = 10,
     from_zero: bool = False,
 ) -> str:
-    """Lines over a common x axis; `title` is the text alternative. Log axes tick at powers of two (x) or ten (y)."""
+    """Lines over a common x axis; `title` is the text alternative. Log axes tick at powers of 2 (x) or `y_base`."""
     series = [_finite(s, x_log, y_log) for s in series]
     xs = [x for s in series for x in s.x]
     ys = [y for s in series for y in s.y] + ([0.0] if from_zero else [])
     legend, top = _legend(series)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     x_at, x_ticks = _axis(min(xs), max(xs), LEFT, right, log=x_log, base=2, wanted=6)
-    y_at, y_ticks = _axis(min(ys), max(ys), bottom, top, log=y_log, base=10, wanted=5, pad=True)
+    y_at, y_ticks = _axis(min(ys), max(ys), bottom, top, log=y_log, base=y_base, wanted=5, pad=True)
     parts = [legend]
     for tick in y_ticks:
         y = y_at(tick)
@@ -197,8 +198,9 @@ def _axis(
         if low == high:
             low, high = low / base, high * base
         first, last = math.log(low, base), math.log(high, base)
-        step = max(1, math.ceil((last - first) / wanted))
-        ticks = [float(base) ** e for e in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1, step)]
+        exponents = range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)
+        every = max(1, math.ceil((last - first) / wanted))
+        ticks = [float(base) ** e for e in exponents if (exponents[-1] - e) % every == 0]
         return (lambda v: start + (math.log(v, base) - first) / (last - first) * (end - start)), ticks
     if low == high:
         low, high = low - 0.5, low + 0.5

@@ -206,7 +206,7 @@ def task_table(report: Report) -> Table | None:
     if not tasks:
         return None
     models = [r for r in report.results if r.tasks]
-    students = [r for r in models if r.role != "teacher" and any(comparison_of(report, r, t) for t in tasks)]
+    students = [r for r in models if r.role == "student" and any(comparison_of(report, r, t) for t in tasks)]
     columns = ["task", "metric", "shots", "documents", "chance", *[r.name for r in models]]
     columns += [f"recovered, {r.name}" if len(students) > 1 else "recovered, %" for r in students]
     rows = []
@@ -265,15 +265,17 @@ def comparison_table(report: Report) -> Table | None:
                 Cell(f"{c.losses:,}", c.losses),
                 Cell(f"{c.ties:,}", c.ties),
                 Cell(f.p_value(c.mcnemar_p), c.mcnemar_p),
+                Cell(f.percent(c.recovered), c.recovered),
             ]
         )
     baseline = report.comparisons[0].baseline
     columns = ["measurement", "model", "items", "difference", "95% interval", "better", "worse", "same", "McNemar p"]
+    columns.append("recovered, %")
     note = (
         f"Model minus {baseline} on the same items: windows of text (nats) or documents (points of accuracy); "
         "Student t interval of the paired difference, exact two-sided McNemar p for right/wrong answers."
     )
-    return Table(columns, rows, note, [False, False] + [True] * 7)
+    return Table(columns, rows, note, [False, False] + [True] * 8)
 
 
 def speed_table(report: Report) -> Table | None:

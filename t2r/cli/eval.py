@@ -1,0 +1,159 @@
+"""t2r eval: measure a model, beside its teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(short_help="Measure a model, beside its teacher.")
+@click.argument("model")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the report.")
+@click.option("--baseline", metavar="TEACHER", help="Model to compare with, on the same items; folder or Hub id.")
+@click.option(
+    "--control", "controls", multiple=True, metavar="MODEL", help="Further model to compare; may be repeated."
+)
+@click.option("--suite", "suites", default="", metavar="A,B", help="language, commonsense, knowledge, recall.")
+@click.option("--tasks", default="", metavar="A,B", help="lm-eval tasks by name.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text file for --suite language; see below.")
+@click.option("--windows", type=click.IntRange(min=1), default=48, show_default=True, help="Windows of text to score.")
+@click.option("--window", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per window.")
+@click.option("--shots", type=click.IntRange(min=0), help="Examples in the prompt; default: each task's own.")
+@click.option("--limit", type=click.IntRange(min=1), help="First N documents of each task.")
+@click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Context for tasks.")
+@click.option("--offline-root", type=click.Path(path_type=Path), help="Folder that stands in for the Hub's data sets.")
+@click.option("--tasks-root", type=click.Path(path_type=Path), help="Further task definitions. They may run code.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16, float16.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def command(
+    model: str,
+    output: Path,
+    baseline: str | None,
+    controls: tuple[str, ...],
+    suites: str,
+    tasks: str,
+    text: Path | None,
+    dtype: str,
+    device: str,
+    **settings: Any,
+) -> None:
+    """Measure MODEL (a folder or a Hub id) and write report.json, report.md and report.html to --output.
+
+    The text file holds documents separated by a line with one NUL character; a file without any is one document.
+    With no suite and no task, --text alone means --suite language. A stopped evaluation goes on task by task when it
+    is started again with the same --output.
+    """
+    import os
+    import sys
+
+    # tqdm reads this when it is imported; a log file wants a line now and then, not ten a second.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
+
+    from t2r.errors import InputError
+
+    named = {"suites": _names(suites), "tasks": _names(tasks)}
+    if text is not None and "language" not in named["suites"]:
+        named["suites"] = ("language", *named["suites"])
+    if not named["suites"] and not named["tasks"]:
+        raise InputError("nothing to measure: pass --text FILE, --suite or --tasks")
+    if "language" in named["suites"] and text is None:
+        raise InputError("--suite language: pass the text to read with --text FILE")
+    documents = None if text is None else _documents(text)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: exists and is not a folder")
+
+    import datetime
+    import shlex
+    import time
+
+    from t2r_evals import EvaluationOptions, Report, evaluate, write_report
+    from t2r_evals.harness import check_tasks
+    from t2r_evals.provenance import machine, versions
+
+    start = time.perf_counter()
+    options = EvaluationOptions.model_validate({**named, **settings})
+    check_tasks(options.suites, options.tasks, options.tasks_root)
+    subjects = [(baseline, "teacher")] if baseline else []
+    subjects += [(model, "student"), *((control, "control") for control in controls)]
+    names = _labels([source for source, _ in subjects])
+    results: list[Any] = []
+    for (source, role), name in zip(subjects, names, strict=True):
+        click.echo(f"{role} {source}", err=True)
+        results.append(
+            _measure(
+                evaluate,
+                source,
+                name=name,
+                role=role,
+                documents=documents,
+                options=options,
+                dtype=dtype,
+                device=device,
+                folder=output / "tasks" / name,
+            )
+        )
+    report = Report(
+        title=f"Evaluation of {names[1] if baseline else names[0]}",
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=shlex.join(["t2r", *sys.argv[1:]]),
+        source=baseline,
+        target=model,
+        machine=machine(),
+        versions=versions(),
+        settings={k: str(v) for k, v in options.model_dump(exclude_none=True).items()} | {"device": device},
+        results=results,
+        seconds=time.perf_counter() - start,
+    )
+    write_report(report, output)
+    click.echo(output / "report.html")
+
+
+def _measure(evaluate: Any, source: str, *, dtype: str, device: str, **arguments: Any) -> Any:
+    """Load, evaluate and let go of one model, so that only one is in memory at a time."""
+    import torch
+
+    from t2r.errors import InputError
+    from t2r.model import describe, load
+    from t2r.resources import resolve
+
+    kinds: dict[str, Any] = {
+        "auto": "auto",
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if dtype not in kinds:
+        raise InputError(f"--dtype {dtype!r}: one of {', '.join(kinds)}")
+    model, tokenizer = load(resolve(source), dtype=kinds[dtype], device=device)
+    try:
+        memory = describe(model.config)
+        sizes = {key: memory[key] for key in ("state_bytes", "kv_bytes_per_token")}
+    except (AttributeError, KeyError, InputError):
+        sizes = {}  # Not one of our hosts: its cache is its own affair.
+    return evaluate(model, tokenizer, **arguments, **sizes)
+
+
+def _documents(path: Path) -> list[str]:
+    from t2r.errors import InputError
+
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--text {path}: {error}") from None
+    return [document for document in content.split("\n\0\n") if document]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+
+
+def _labels(sources: list[str]) -> list[str]:
+    """The last part of each path or Hub id, or the whole where two share it."""
+    short = [source.removeprefix("shipped:").rstrip("/").rsplit("/", 1)[-1] for source in sources]
+    return [
+        name if short.count(name) == 1 else source.strip("/.").replace("/", "-")
+        for name, source in zip(short, sources, strict=True)
+    ]
