@@ -34,6 +34,11 @@ class StudentPreTrained:
 
     _is_stateful = True  # assisted decoding would have to roll the state back
 
+    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
+        # transformers passes over custom modules whose own parameters are all loaded, and so over a mixer that has
+        # none but its children's; `_init_weights` below needs no such protection
+        super()._initialize_weights(module)  # type: ignore[misc]
+
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, Mixer):
             return super()._init_weights(module)  # type: ignore[misc]
@@ -88,12 +93,8 @@ class StudentModel(StudentPreTrained):
         )
         if use_cache and past_key_values is None and info.cu_seqlens is None:
             past_key_values = StudentCache(self.config)
-        if position_ids is None and info.cu_seqlens is not None:
-            position_ids = info.position
-        elif position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(length, device=hidden_states.device) + past)[None]
-
+        if position_ids is None:
+            position_ids = info.position  # unlike the hosts' default it leaves padding out, as `generate` does
         kinds = [
             softmax_kind(self.config, index) if entry is None else "" for index, entry in enumerate(self.config.mixers)
         ]

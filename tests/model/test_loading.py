@@ -1,0 +1,104 @@
+"""What is stored is what is loaded, bit for bit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, set_seed
+
+from t2r.errors import InputError
+from t2r.model import Mixer, describe, host_config, layer_generator, load, student_config
+
+
+def test_save_and_reload_is_bitwise(student, tmp_path, tokens):
+    student.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    assert type(again) is type(student)
+    assert again.config.mixers == student.config.mixers
+    loaded = again.state_dict()
+    assert set(loaded) - set(stored) <= {"lm_head.weight"}
+    for name, value in stored.items():
+        assert torch.equal(loaded[name], value), name
+    text = tokens(1, 12)
+    with torch.no_grad():
+        assert torch.equal(again(text).logits, student(text).logits)
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_stored_dtype_is_kept(students, mixer, tmp_path, dtype):
+    from copy import deepcopy
+
+    deepcopy(students("mistral", mixer)).to(dtype).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    with torch.no_grad():
+        assert model(torch.arange(3, 20)[None]).logits.isfinite().all()
+
+
+def test_a_teacher_checkpoint_starts_the_new_parameters_alone(students, mixer, teacher_of, tmp_path):
+    student = students("mistral", mixer)
+    teacher = teacher_of(student)
+    teacher.save_pretrained(tmp_path)
+    set_seed(7)
+    model = type(student).from_pretrained(tmp_path, config=student.config)
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            for name, value in module.initial_values(layer_generator(7, module.layer_idx)).items():
+                assert torch.equal(module.get_parameter(name), value), name
+
+
+def test_initial_values_are_exactly_the_new_parameters(student):
+    kept = set(dict(student.named_parameters()))
+    for module in student.modules():
+        if isinstance(module, Mixer):
+            first, second = (module.initial_values(layer_generator(3, 1)) for _ in range(2))
+            assert {k: v.shape for k, v in first.items()} == {k: p.shape for k, p in module.new_parameters().items()}
+            assert all(torch.equal(first[key], second[key]) for key in first)
+            assert {v.dtype for v in first.values()} <= {torch.float32}
+    assert all(name.startswith(("model.", "lm_head.")) for name in kept)
+
+
+def test_configurations_go_there_and_back(host_configs, host, students):
+    plain = host_configs[host]()
+    student = student_config(plain, students(host, "hybrid").config.mixers)
+    back = host_config(student).to_dict()
+    assert back == plain.to_dict()
+
+
+def test_describe_counts_what_the_model_has(student):
+    told = describe(student.config)
+    assert told["parameters"]["total"] == sum(p.numel() for p in student.parameters())
+    new = [p for m in student.modules() if isinstance(m, Mixer) for p in m.new_parameters().values()]
+    assert told["parameters"]["mixer"] == sum(p.numel() for p in new)
+    with torch.no_grad():
+        cache = student(torch.arange(3, 40)[None], use_cache=True).past_key_values
+    layers = student.config.mixers.count(None)
+    if not layers:
+        assert cache.state_bytes() == told["state_bytes"]
+    assert told["kv_bytes_per_token"] * 3 == told["teacher_kv_bytes_per_token"] * layers
+
+
+def test_load_takes_students_and_refuses_what_is_none(students, tmp_path, embedded_teacher):
+    students().save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="cannot be loaded"):  # no tokenizer
+        load(tmp_path / "model")
+    with pytest.raises(InputError, match="no such folder"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no config\.json"):
+        load(tmp_path / "empty")
+
+
+def test_a_broken_mixers_field_is_told_in_one_line(students, tmp_path):
+    students().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for mixers, told in (([None], "one per layer"), ([{"name": "gza"}] * 3, "did you mean 'gsa'")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "mixers": mixers}))
+        with pytest.raises(ValueError, match=told):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
