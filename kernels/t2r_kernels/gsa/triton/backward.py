@@ -1,0 +1,197 @@
+"""The backward pass, from q, k, v, log_alpha and the upstream gradients alone.
+
+1. States at chunk starts again (as in the forward pass).
+2. `query_kernel`, per chunk: scores and softmax again, then dp, ds and dq; leaves p, ds and the two intra-chunk
+   matrices dA (from ds) and W (from p), and each chunk's contribution to the gradient of the states before it.
+3. The same scan as in the forward pass, in reverse: gradients of the states at chunk ends, one scan for K and V.
+4. `key_kernel`, per chunk: dk and dv. `gate_kernel`, per chunk: dlog_alpha.
+
+The gradient of log_alpha[t, m] is alpha times the flow that crosses token t: over all pairs (write before t, read at or
+after t). It is summed pair class by pair class (state to state, state to chunk, chunk to state, and each level of the
+tree), each term carrying its own decay across t. No difference of long sums is formed, so a gate that forgets (alpha
+near 0, the normal case of a ring of slots) gets the small gradient that it has and not the rounding of a large one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    LOG2E,
+    Blocks,
+    Chunks,
+    Numerics,
+    chunk_range,
+    dot,
+    load_log2_alpha,
+    load_rows,
+    prefix_decay,
+    row_offsets,
+    split,
+    suffix_decay,
+    write_weight,
+)
+from .forward import products, read_slots, softmax2, write_slots
+from .gate import gate_kernel
+from .states import chunk_states, scan
+
+
+@triton.jit
+def query_kernel(
+    q, k, v, log_alpha, do, states, dq, p_out, ds_out, da_out, a_out, dstates, bounds, T, NC, H, HQ, G,
+    scale, scale_log2,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
+    GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One (chunk, key/value head): dq, and what the later steps need of p and ds."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
+    start, stop = chunk_range(bounds, c, T, NC, C, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, C)
+    m = tl.arange(0, BM)
+    token = (start + i) * H + h
+    valid = (start + i) < stop
+    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
+    high, low = split(x, SPLIT)
+    w = write_weight(x)
+    offset = (c.to(tl.int64) * H + h) * (M * (D + V)) + m[:, None] * (D + V)
+    state = states + (c.to(tl.int64) * H + h) * (M * (D + V))
+    for tile in range(GROUP_TILES):
+        t, row, row_valid = row_offsets(start, stop, h, tile * BG, HQ, G, C, BG)
+        qk, qs = products(
+            q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
+        )  # fmt: skip
+        s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
+        p = softmax2(s * scale_log2, m, M)
+        ov, os = products(
+            do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, C * BG, C, BM, CT, PREC
+        )  # fmt: skip
+        dp = read_slots(ov, os, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
+        ds = scale * p * (dp - tl.sum(p * dp, 1)[:, None])
+        slot = row[:, None] * M + m[None, :]
+        slot_mask = row_valid[:, None] & (m < M)[None, :]
+        tl.store(p_out + slot, p, mask=slot_mask)
+        tl.store(ds_out + slot, ds, mask=slot_mask)
+        a = write_slots(p, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
+        da = write_slots(ds, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT).to(CT)
+        pair = row[:, None] * C + i[None, :]
+        tl.store(a_out + pair, a, mask=row_valid[:, None] & (i >= 0)[None, :])
+        tl.store(da_out + pair, da, mask=row_valid[:, None] & (i >= 0)[None, :])
+        decay = prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)
+        pd = tl.where(row_valid[:, None], p * decay, 0.0).to(CT)
+        dsd = (ds * decay).to(CT)
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            mask = (m < M)[:, None] & (d < D)[None, :]
+            kb = load_rows(k, token, valid, D, d, CT)
+            sb = tl.load(states + offset + d[None, :], mask=mask, other=0.0)
+            dqb = dot(da, kb, CT, PREC) + dot(dsd, sb, CT, PREC)
+            tl.store(dq + row[:, None] * D + d[None, :], dqb, mask=row_valid[:, None] & (d < D)[None, :])
+            qb = load_rows(q, row, row_valid, D, d, CT)
+            u = dot(tl.trans(dsd), qb, CT, PREC)
+            if tile > 0:
+                u += tl.load(dstates + offset + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(dstates + offset + d[None, :], u, mask=mask)
+        for d0 in range(0, V, BV):
+            d = d0 + tl.arange(0, BV)
+            mask = (m < M)[:, None] & (d < V)[None, :]
+            gb = load_rows(do, row, row_valid, V, d, CT)
+            u = dot(tl.trans(pd), gb, CT, PREC)
+            if tile > 0:
+                u += tl.load(dstates + offset + D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(dstates + offset + D + d[None, :], u, mask=mask)
+
+
+@triton.jit
+def write_gradient(
+    out, pair, x, we, dstate, start, stop, token, valid, m, i, h, HQ, G, STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BG: tl.constexpr, GROUP_TILES: tl.constexpr,
+    BLOCK: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """out[i] = sum over rows of pair[row, i] x[row] + sum_m we[i, m] dstate[m]: dk (with dA, q) or dv (with W, do)."""
+    for d0 in range(0, WIDTH, BLOCK):
+        d = d0 + tl.arange(0, BLOCK)
+        sb = tl.load(dstate + m[:, None] * STRIDE + d[None, :], mask=(m < M)[:, None] & (d < WIDTH)[None, :], other=0.0)
+        acc = dot(we, sb, CT, PREC)
+        for tile in range(GROUP_TILES):
+            _, row, row_valid = row_offsets(start, stop, h, tile * BG, HQ, G, C, BG)
+            ab = tl.load(pair + row[:, None] * C + i[None, :], mask=row_valid[:, None] & (i >= 0)[None, :], other=0.0)
+            acc += dot(tl.trans(ab), load_rows(x, row, row_valid, WIDTH, d, CT), CT, PREC)
+        tl.store(out + token[:, None] * WIDTH + d[None, :], acc, mask=valid[:, None] & (d < WIDTH)[None, :])
+
+
+@triton.jit
+def key_kernel(
+    q, do, log_alpha, da, a, dstates, dk, dv, bounds, T, NC, H, HQ, G,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
+    GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one (chunk, key/value head), already summed over the group."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
+    start, stop = chunk_range(bounds, c, T, NC, C, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, C)
+    m = tl.arange(0, BM)
+    token = (start + i) * H + h
+    valid = (start + i) < stop
+    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
+    high, low = split(x, SPLIT)
+    we = (write_weight(x) * suffix_decay(i, high, low, LOG_C, SPLIT, EXACT)).to(CT)
+    dstate = dstates + (c.to(tl.int64) * H + h) * (M * (D + V))
+    write_gradient(
+        dk, da, q, we, dstate, start, stop, token, valid, m, i, h, HQ, G, D + V, D, M, C, BG, GROUP_TILES, BD, CT, PREC
+    )  # fmt: skip
+    write_gradient(
+        dv, a, do, we, dstate + D, start, stop, token, valid, m, i, h, HQ, G, D + V, V, M, C, BG, GROUP_TILES, BV,
+        CT, PREC
+    )  # fmt: skip
+
+
+def backward(
+    q, k, v, log_alpha, do, dfinal, scale: float, initial, chunks: Chunks, blocks: Blocks, numerics: Numerics,
+):  # fmt: skip
+    """(dq, dk, dv, dlog_alpha in fp32, gradients of the initial states in fp32 or None)."""
+    B, T, HQ, D = q.shape
+    H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
+    C, store = blocks.chunk, numerics.store
+
+    def empty(*shape, dtype):
+        return torch.empty(*shape, dtype=dtype, device=q.device)
+
+    sizes = (D, V, M, C, C.bit_length() - 1, blocks.group, blocks.group_tiles, blocks.slots, blocks.key, blocks.value)
+    options = {
+        "PACKED": chunks.bounds is not None, "CT": numerics.operand, "SPLIT": numerics.split,
+        "PREC": numerics.precision, "EXACT": numerics.exact,
+    }  # fmt: skip
+    grid, place = (chunks.count * H,), (chunks.bounds, T, chunks.per_sequence, H, HQ, HQ // H)
+
+    states, gamma = chunk_states(k, v, log_alpha, initial, None, chunks, blocks, numerics)
+    # Several tiles of one group add up their contributions in memory, which bf16 would round each time.
+    summed = store if blocks.group_tiles == 1 else torch.float32
+    dstates = empty(*states.shape, dtype=summed)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    p, ds = (empty(B, T, HQ, M, dtype=store) for _ in range(2))
+    a, da = (empty(B, T, HQ, C, dtype=store) for _ in range(2))
+    query_kernel[grid](
+        q, k, v, log_alpha, do, states, dq, p, ds, da, a, dstates, *place, scale, scale * LOG2E, *sizes, **options,
+        num_warps=blocks.warps, num_stages=2,
+    )  # fmt: skip
+    dinitial = None
+    if initial is not None:
+        dinitial = tuple(torch.empty_like(s, dtype=torch.float32) for s in initial)
+    scan(dstates, gamma, dfinal, dinitial, chunks, D, V, reverse=True)
+    key_kernel[grid](q, do, log_alpha, da, a, dstates, dk, dv, *place, *sizes, **options, num_warps=4, num_stages=2)
+    dlog_alpha = empty(*log_alpha.shape, dtype=torch.float32)
+    gate_kernel[grid](
+        q, k, v, log_alpha, do, p, ds, states, dstates, gamma, dlog_alpha, *place, *sizes, **options,
+        num_warps=blocks.warps, num_stages=2,
+    )  # fmt: skip
+    return dq, dk, dv, dlog_alpha, dinitial

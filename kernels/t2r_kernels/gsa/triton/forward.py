@@ -1,0 +1,141 @@
+"""The forward pass of one chunk: scores over slots, softmax in registers, output; all heads of a group in one tile."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    LOG2E,
+    Blocks,
+    Chunks,
+    Numerics,
+    chunk_range,
+    dot,
+    load_log2_alpha,
+    load_rows,
+    pairs_at,
+    prefix_decay,
+    row_offsets,
+    split,
+    suffix_decay,
+    write_weight,
+)
+from .states import chunk_states
+
+
+@triton.jit
+def read_slots(
+    qk, inter, t, i, w, high, low,
+    LOG_C: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Value-side gated attention of a chunk: sum_i qk[t, i] w[i, m] decay(i..t)[m] plus inter[t, m] decay(start..t).
+
+    qk [rows, C] are products with the chunk's tokens, inter [rows, BM] products with the state at its start.
+    """
+    s = inter * prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)
+    s += dot(tl.where(t[:, None] == i[None, :], qk, 0.0), w, CT, PREC)
+    for level in tl.static_range(LOG_C):
+        if level == 0:
+            we = w
+        else:
+            we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
+        part = dot(tl.where(pairs_at(t, i, level), qk, 0.0), we, CT, PREC)
+        s += part * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+    return s
+
+
+@triton.jit
+def write_slots(
+    p, t, i, w, high, low,
+    LOG_C: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Key-side gated attention of a chunk: [rows, C] of sum_m p[t, m] w[i, m] decay(i -> t)[m] for i <= t, else 0."""
+    a = tl.where(t[:, None] == i[None, :], dot(p, tl.trans(w.to(CT)), CT, PREC), 0.0)
+    for level in tl.static_range(LOG_C):
+        if level == 0:
+            we = w
+        else:
+            we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
+        pd = p * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+        a += tl.where(pairs_at(t, i, level), dot(pd, tl.trans(we.to(CT)), CT, PREC), 0.0)
+    return a
+
+
+@triton.jit
+def softmax2(s, m, M: tl.constexpr):
+    """Softmax over slots of scores in log2 units; slots past M get 0."""
+    s = tl.where((m < M)[None, :], s, float("-inf"))
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def products(
+    x, y, state, row, row_valid, token, token_valid, m,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """x [rows, WIDTH] times y [C, WIDTH] of the chunk's tokens, and times the state [M, WIDTH] of row stride STRIDE."""
+    intra = tl.zeros([R, C], tl.float32)
+    inter = tl.zeros([R, BM], tl.float32)
+    for d0 in range(0, WIDTH, BLOCK):
+        d = d0 + tl.arange(0, BLOCK)
+        xb = load_rows(x, row, row_valid, WIDTH, d, CT)
+        yb = load_rows(y, token, token_valid, WIDTH, d, CT)
+        sb = tl.load(state + m[:, None] * STRIDE + d[None, :], mask=(m < M)[:, None] & (d < WIDTH)[None, :], other=0.0)
+        intra += dot(xb, tl.trans(yb), CT, PREC)
+        inter += dot(xb, tl.trans(sb.to(CT)), CT, PREC)
+    return intra, inter
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, log_alpha, states, o, bounds, T, NC, H, HQ, G, scale_log2,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """o of one (chunk, key/value head, tile of its query heads)."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
+    start, stop = chunk_range(bounds, c, T, NC, C, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, C)
+    m = tl.arange(0, BM)
+    token = (start + i) * H + h
+    valid = (start + i) < stop
+    t, row, row_valid = row_offsets(start, stop, h, tl.program_id(1) * BG, HQ, G, C, BG)
+    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
+    high, low = split(x, SPLIT)
+    w = write_weight(x)
+    state = states + (c.to(tl.int64) * H + h) * (M * (D + V))
+    qk, qs = products(
+        q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
+    )  # fmt: skip
+    s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
+    p = softmax2(s * scale_log2, m, M)
+    a = write_slots(p, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT).to(CT)
+    pd = (p * prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)).to(CT)
+    for d0 in range(0, V, BV):
+        d = d0 + tl.arange(0, BV)
+        vb = load_rows(v, token, valid, V, d, CT)
+        sb = tl.load(state + D + m[:, None] * (D + V) + d[None, :], mask=(m < M)[:, None] & (d < V)[None, :], other=0.0)
+        ob = dot(a, vb, CT, PREC) + dot(pd, sb, CT, PREC)
+        tl.store(o + row[:, None] * V + d[None, :], ob, mask=row_valid[:, None] & (d < V)[None, :])
+
+
+def forward(q, k, v, log_alpha, scale: float, initial, final, chunks: Chunks, blocks: Blocks, numerics: Numerics):
+    """o [B, T, HQ, V]; writes `final` (pair of fp32 states, or None)."""
+    B, T, HQ, D = q.shape
+    H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
+    states, _ = chunk_states(k, v, log_alpha, initial, final, chunks, blocks, numerics)
+    o = torch.empty(B, T, HQ, V, dtype=q.dtype, device=q.device)
+    forward_kernel[(chunks.count * H, blocks.group_tiles)](
+        q, k, v, log_alpha, states, o, chunks.bounds, T, chunks.per_sequence, H, HQ, HQ // H, scale * LOG2E,
+        D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.group, blocks.slots, blocks.key, blocks.value,
+        PACKED=chunks.bounds is not None, CT=numerics.operand, SPLIT=numerics.split, PREC=numerics.precision,
+        EXACT=numerics.exact, num_warps=blocks.warps, num_stages=2,
+    )  # fmt: skip
+    return o

@@ -1,0 +1,150 @@
+"""States at chunk boundaries: every chunk's own contribution in parallel, then one scan over chunks.
+
+A state is stored as [chunks, H, M, D + V], K's columns first, so both states share every launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    Blocks,
+    Chunks,
+    Numerics,
+    chunk_range,
+    dot,
+    load_log2_alpha,
+    load_rows,
+    split,
+    suffix_decay,
+    write_weight,
+)
+
+
+@triton.jit
+def local_state_kernel(
+    k, v, log_alpha, states, gamma, bounds, T, NC, H,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One (chunk, head): what its tokens leave in an empty state, and its total decay gamma [chunks, H, M]."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
+    start, stop = chunk_range(bounds, c, T, NC, C, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, C)
+    m = tl.arange(0, BM)
+    token = (start + i) * H + h
+    valid = (start + i) < stop
+    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
+    high, low = split(x, SPLIT)
+    w = tl.trans((write_weight(x) * suffix_decay(i, high, low, LOG_C, SPLIT, EXACT)).to(CT))
+    where = c.to(tl.int64) * H + h
+    tl.store(gamma + where * M + m, tl.exp2(tl.sum(x, 0)), mask=m < M)
+    base = states + where * (M * (D + V)) + m[:, None] * (D + V)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        state = dot(w, load_rows(k, token, valid, D, d, CT), CT, PREC)
+        tl.store(base + d[None, :], state, mask=(m < M)[:, None] & (d < D)[None, :])
+    for d0 in range(0, V, BV):
+        d = d0 + tl.arange(0, BV)
+        state = dot(w, load_rows(v, token, valid, V, d, CT), CT, PREC)
+        tl.store(base + D + d[None, :], state, mask=(m < M)[:, None] & (d < V)[None, :])
+
+
+@triton.jit
+def scan_kernel(
+    states, gamma, in_k, in_v, out_k, out_v, first, NC, H, E,
+    D: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr,
+):  # fmt: skip
+    """One (sequence, head) and BLOCK of the E = M (D + V) elements: replaces each chunk's contribution by the state at
+    its start (or, in reverse, its gradient by the gradient at its end). Carried in fp32."""
+    n = tl.program_id(0) // H
+    h = tl.program_id(0) - n * H
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m = e // (D + V)
+    col = e - m * (D + V)
+    inside = e < E
+    is_k = inside & (col < D)
+    is_v = inside & (col >= D)
+    M = E // (D + V)
+    row = (n.to(tl.int64) * H + h) * M + m
+    if PACKED:
+        begin = tl.load(first + n)
+        count = (tl.load(first + n + 1) - begin).to(tl.int32)
+    else:
+        begin = n.to(tl.int64) * NC
+        count = NC
+    state = tl.zeros([BLOCK], tl.float32)
+    if HAS_IN:
+        state = tl.load(in_k + row * D + col, mask=is_k, other=0.0).to(tl.float32)
+        state += tl.load(in_v + row * V + (col - D), mask=is_v, other=0.0).to(tl.float32)
+    # Four chunks are in flight at a time: the loads of one round do not wait for each other.
+    for j in range(0, count, 4):
+        c0 = begin + (count - 1 - j if REVERSE else j)
+        step = -1 if REVERSE else 1
+        p0 = (c0 * H + h) * E
+        p1 = p0 + step * H * E.to(tl.int64)
+        p2 = p1 + step * H * E.to(tl.int64)
+        p3 = p2 + step * H * E.to(tl.int64)
+        left = tl.zeros([BLOCK], tl.int32) + (count - j)
+        b0 = inside
+        b1 = inside & (left > 1)
+        b2 = inside & (left > 2)
+        b3 = inside & (left > 3)
+        g0 = (c0 * H + h) * M + m
+        x0 = tl.load(states + p0 + e, mask=b0, other=0.0).to(tl.float32)
+        x1 = tl.load(states + p1 + e, mask=b1, other=0.0).to(tl.float32)
+        x2 = tl.load(states + p2 + e, mask=b2, other=0.0).to(tl.float32)
+        x3 = tl.load(states + p3 + e, mask=b3, other=0.0).to(tl.float32)
+        y0 = tl.load(gamma + g0, mask=b0, other=1.0)
+        y1 = tl.load(gamma + g0 + step * H * M, mask=b1, other=1.0)
+        y2 = tl.load(gamma + g0 + 2 * step * H * M, mask=b2, other=1.0)
+        y3 = tl.load(gamma + g0 + 3 * step * H * M, mask=b3, other=1.0)
+        tl.store(states + p0 + e, state, mask=b0)
+        state = state * y0 + x0
+        tl.store(states + p1 + e, state, mask=b1)
+        state = state * y1 + x1
+        tl.store(states + p2 + e, state, mask=b2)
+        state = state * y2 + x2
+        tl.store(states + p3 + e, state, mask=b3)
+        state = state * y3 + x3
+    if HAS_OUT:
+        tl.store(out_k + row * D + col, state, mask=is_k)
+        tl.store(out_v + row * V + (col - D), state, mask=is_v)
+
+
+def scan(states, gamma, incoming, outgoing, chunks: Chunks, D: int, V: int, *, reverse: bool) -> None:
+    """Turns contributions [chunks, H, M, D + V] into running states in place; see `scan_kernel`."""
+    H, E = states.shape[1], states.shape[2] * states.shape[3]
+    block = 256
+    in_k, in_v = incoming or (states, states)
+    out_k, out_v = outgoing or (states, states)
+    scan_kernel[(chunks.sequences * H, triton.cdiv(E, block))](
+        states, gamma, in_k, in_v, out_k, out_v, chunks.first, chunks.per_sequence, H, E, D, V, block,
+        PACKED=chunks.first is not None, REVERSE=reverse, HAS_IN=incoming is not None, HAS_OUT=outgoing is not None,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def chunk_states(k, v, log_alpha, initial, final, chunks: Chunks, blocks: Blocks, numerics: Numerics):
+    """States at the start of every chunk [chunks, H, M, D + V], decays of whole chunks [chunks, H, M] in fp32.
+
+    `initial` and `final` are pairs of [N, H, M, D] and [N, H, M, V] or None; `final` is written.
+    """
+    _, T, H, D = k.shape
+    V, M = v.shape[-1], log_alpha.shape[-1]
+    states = torch.empty(chunks.count, H, M, D + V, dtype=numerics.store, device=k.device)
+    gamma = torch.empty(chunks.count, H, M, dtype=torch.float32, device=k.device)
+    local_state_kernel[(chunks.count * H,)](
+        k, v, log_alpha, states, gamma, chunks.bounds, T, chunks.per_sequence, H,
+        D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.slots, blocks.key, blocks.value,
+        PACKED=chunks.bounds is not None, CT=numerics.operand, SPLIT=numerics.split, PREC=numerics.precision,
+        EXACT=numerics.exact, num_warps=4,
+    )  # fmt: skip
+    scan(states, gamma, initial, final, chunks, D, V, reverse=False)
+    return states, gamma
