@@ -1,0 +1,116 @@
+"""What a conversion costs in memory, and what a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+
+from t2r.convert import convert
+from t2r.model.mixers import parse_options
+from t2r.publish import verify_manifest
+
+GSA = parse_options({"name": "gsa", "slots": 8})
+
+MEASURE = """
+import json, resource, sys
+from t2r.convert import convert
+from t2r.model.mixers import parse_options
+tiny, broad, out = sys.argv[1:]
+options = parse_options({"name": "gsa"})
+peaks = []
+for source, name, dtype in ((tiny, "0", None), (broad, "1", "bfloat16"), (broad, "2", "float32")):
+    convert(source, out + name, mixers=options, dtype=dtype)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(json.dumps(peaks))
+"""
+
+
+def test_memory_is_a_few_blocks_whatever_the_size_of_the_tensors(hosts, tmp_path):
+    """Bound of the project: two of the largest tensors + 300 MB above the interpreter. Held here: less than one."""
+    config = MistralConfig(vocab_size=49152, hidden_size=1024, intermediate_size=256, num_hidden_layers=1,
+                           num_attention_heads=8, num_key_value_heads=2, dtype="bfloat16")  # fmt: skip
+    broad = tmp_path / "broad"
+    config.save_pretrained(broad)
+    with torch.device("meta"):
+        shapes = {name: x.shape for name, x in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, broad / "model.safetensors", {"format": "pt"})
+    largest = max(x.nbytes for x in tensors.values())
+    assert largest > 100e6
+
+    arguments = [sys.executable, "-c", MEASURE, hosts("mistral"), broad, tmp_path / "student"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    interpreter, copied, cast = json.loads(done.stdout.splitlines()[-1])
+    assert copied - interpreter < largest, f"{(copied - interpreter) / 1e6:.0f} MB to copy"
+    assert cast - interpreter < largest, f"{(cast - interpreter) / 1e6:.0f} MB to cast"
+
+
+def convert_and_die(source: Path, destination: Path, event_number: int) -> int:
+    """Convert in a forked process that is killed just before its n-th file-system event; return its wait status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        seen = 0
+
+        def hook(event: str, arguments: tuple) -> None:
+            nonlocal seen
+            if event in ("open", "os.rename", "os.rmdir", "os.mkdir") and str(destination.parent) in str(arguments[0]):
+                seen += 1
+                if seen > event_number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        convert(source, destination, mixers=GSA, max_shard_size="100KB")
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def loads(folder: Path) -> bool:
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def test_a_kill_at_any_moment_leaves_nothing_that_loads_and_the_next_run_works(hosts, tmp_path):
+    source, student = hosts("mistral"), tmp_path / "out" / "student"
+    for event_number in range(1000):
+        status = convert_and_die(source, student, event_number)
+        if os.WIFEXITED(status):
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+        assert not any(loads(folder) for folder in folders if folder != student), event_number
+        assert not loads(student) or verify_manifest(student) == [], event_number
+        if event_number % 5 == 0 and not loads(student):
+            convert(source, student, mixers=GSA)
+            assert verify_manifest(student) == []
+            assert [path.name for path in student.parent.iterdir()] == ["student"]
+            for path in student.iterdir():
+                path.unlink()
+            student.rmdir()
+        if loads(student):
+            break
+    assert event_number > 30, "the kills did not reach through the conversion"
+    assert verify_manifest(student) == []
+
+
+def test_a_kill_between_the_last_two_renames(hosts, t2r, tmp_path):
+    """The folder has its name but config.json does not: it does not load, and the next run replaces it unasked."""
+    assert t2r("convert", hosts("mistral"), tmp_path / "student").code == 0
+    (tmp_path / "student" / "config.json").rename(tmp_path / "student" / ".config.json.pending")
+    with pytest.raises((OSError, ValueError)):
+        AutoConfig.from_pretrained(tmp_path / "student", trust_remote_code=False)
+    assert t2r("convert", hosts("mistral"), tmp_path / "student").code == 0
+    assert verify_manifest(tmp_path / "student") == []
