@@ -125,6 +125,11 @@ class RecurrentMixer(Mixer):
         """One token: inputs [B, ...] to o [B, HQ, V]; `state` is overwritten."""
         raise NotImplementedError
 
+    @torch.compiler.disable
+    def _run(self, *args: Any) -> tuple[Tensor, Any]:
+        """`scan`, which torch.compile leaves as it is: the kernels are compiled by other means."""
+        return self.scan(*args)
+
     def output(self, o: Tensor) -> Tensor:
         """From o [B, T, HQ, V] to [B, T, hidden]."""
         return self.o_proj(o.flatten(2))
@@ -142,14 +147,14 @@ class RecurrentMixer(Mixer):
         inputs = self.inputs(hidden_states, position_embeddings, info)
         if info.cu_seqlens is not None:
             flat = tuple(x.flatten(0, 1)[None] for x in inputs)
-            o, _ = self.scan(flat, None, False, info.cu_seqlens)
+            o, _ = self._run(flat, None, False, info.cu_seqlens)
             return self.output(o[0].unflatten(0, info.position.shape)), None
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         state = None if layer is None else layer.states
         if state is not None and hidden_states.shape[1] == 1 and not torch.is_grad_enabled():
             o = self.step(tuple(x[:, 0] for x in inputs), state)[:, None]
         else:
-            o, state = self.scan(inputs, state, layer is not None, None)
+            o, state = self._run(inputs, state, layer is not None, None)
             if layer is not None:
                 layer.store(state)
         return self.output(o), None

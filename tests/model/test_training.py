@@ -1,0 +1,118 @@
+"""The student under the tools people train and score with."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from t2r.model import Mixer
+
+
+def gradients(model, text):
+    model.zero_grad()
+    model(text, labels=text, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_reach_every_parameter(student, tokens):
+    found = gradients(copy.deepcopy(student), tokens(2, 24))
+    for name, _ in student.named_parameters():
+        assert found[name].isfinite().all(), name
+        assert found[name].abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(mistral, tokens, reentrant):
+    text = tokens(2, 20)
+    mistral.train()
+    expected = gradients(mistral, text)
+    mistral.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = gradients(mistral, text)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_padding_gives_no_gradient(mistral, tokens):
+    text = tokens(1, 12)
+    padded, mask = torch.cat([text, text.new_zeros(1, 5)], 1), torch.tensor([[1] * 12 + [0] * 5])
+    expected = gradients(mistral, text)
+    mistral.zero_grad()
+    labels = padded.masked_fill(mask == 0, -100)
+    mistral(padded, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    for name, parameter in mistral.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-3)
+
+
+def test_compiled_forward_equals_eager(students, tokens):
+    model, text = students(), tokens(2, 20)
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(text, use_cache=False).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_hidden_states_are_recorded(mistral, tokens):
+    with torch.no_grad():
+        output = mistral(tokens(2, 9), output_hidden_states=True)
+    assert [x.shape for x in output.hidden_states] == [(2, 9, 32)] * 4
+
+
+def test_lora_attaches_trains_and_merges(mistral, tokens, tmp_path):
+    text, plain = tokens(2, 16), copy.deepcopy(mistral)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(mistral, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(text, labels=text, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    model.eval()
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(plain, tmp_path).eval()
+        torch.testing.assert_close(again(text).logits, model(text).logits)
+        merged = again.merge_and_unload()
+        torch.testing.assert_close(merged(text).logits, model(text).logits, atol=1e-4, rtol=1e-3)
+    assert merged.generate(text[:, :4], max_new_tokens=3, do_sample=False).shape == (2, 7)
+
+
+def test_trainer_takes_a_step(mistral, tokens, tmp_path):
+    before = copy.deepcopy(mistral.state_dict())
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 16)]
+    Trainer(mistral, arguments, train_dataset=rows, eval_dataset=rows).train()
+    for module_name, module in mistral.named_modules():
+        if isinstance(module, Mixer):
+            for name in module.new_parameters():
+                assert not torch.equal(before[f"{module_name}.{name}"], module.get_parameter(name)), name
+
+
+def test_lm_eval_scores_and_generates(students, mixer, embedded_teacher):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    if not (embedded_teacher / "tokenizer.json").is_file():
+        pytest.skip("SKIPPED FOR LACK OF DATA: the embedded teacher has no tokenizer")
+    model = copy.deepcopy(students("mistral", mixer))
+    tokenizer = AutoTokenizer.from_pretrained(embedded_teacher)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=64, softmax_dtype="float32")
+    pairs = [("The old house", " stood on a hill"), ("One", " two three four five six seven")]
+    together = scorer.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    alone = [scorer.loglikelihood([Instance("loglikelihood", {}, pair, 0)])[0] for pair in pairs]
+    for (a, _), (b, _) in zip(together, alone, strict=True):
+        assert abs(a - b) < 1e-3
+    asked = [Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 4}), 0) for text, _ in pairs]
+    assert len(scorer.generate_until(asked)) == 2
