@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def check_tasks(suites: Sequence[str], tasks: Sequence[str], tasks_root: Path | 
             _check_known(spec.task, manager)
 
 
+@cache
 def _task_manager(tasks_root: Path | None) -> Any:
+    """lm-eval's index of its thousands of definitions; reading them takes seconds, once per process."""
     from lm_eval.tasks import TaskManager
 
     if tasks_root is not None and not Path(tasks_root).is_dir():

@@ -1,0 +1,134 @@
+"""lm-eval tasks from a local data tree, with a model of two layers."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2r_evals import EvaluationOptions, InputError, evaluate, harness
+from t2r_evals.offline import offline_data, tree_key
+from t2r_evals.suites import SUITES, TaskSpec, resolve_tasks
+
+
+def run(model: Any, tokenizer: Any, tree: Path, *specs: TaskSpec, folder: Path | None = None, **changed: Any) -> Any:
+    settings: dict[str, Any] = {"limit": 6, "batch_size": 4, "max_length": 512} | changed
+    return harness.run_tasks(
+        model, tokenizer, specs, offline_root=tree, tasks_root=None, seed=0, folder=folder, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def hub(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield shared / "hub"
+
+
+def test_scoring_offline_and_batch_one_equals_batch_four(model: Any, tokenizer: Any, hub: Path) -> None:
+    specs = (TaskSpec("arc_easy", "acc", 0), TaskSpec("winogrande", "acc", 2))
+    results, rows = run(model, tokenizer, hub, *specs)
+    alone, alone_rows = run(model, tokenizer, hub, *specs, batch_size=1)
+    assert results["arc_easy"].chance == pytest.approx(0.25, abs=0.05)
+    assert results["winogrande"].chance == 0.5
+    assert (results["winogrande"].shots, results["winogrande"].documents) == (2, 6)
+    assert results["arc_easy"].primary == "acc"
+    assert results["arc_easy"].version
+    assert [row["value"] for row in rows] == [row["value"] for row in alone_rows]
+    assert all(alone[name].metrics == results[name].metrics for name in results)
+    accuracy = [row["value"] for row in rows if row["task"] == "arc_easy" and row["metric"] == "acc"]
+    assert sum(accuracy) / 6 == pytest.approx(results["arc_easy"].metrics["acc"].value)
+
+
+def test_generation_offline_with_truncation_counted(model: Any, tokenizer: Any, hub: Path) -> None:
+    spec = TaskSpec("squad_completion", "contains", 0, (("until", ["\n"]), ("max_gen_toks", 4)))
+    results, rows = run(model, tokenizer, hub, spec, limit=2, max_length=128)
+    result = results["squad_completion"]
+    assert result.truncated == 2  # a byte-level tokenizer makes these passages longer than 124 tokens
+    assert result.chance == 0
+    assert {row["metric"] for row in rows} == {"contains"}
+
+
+def test_finished_tasks_are_not_run_again(
+    model: Any, tokenizer: Any, hub: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = TaskSpec("winogrande", "acc", 0)
+    first, rows = run(model, tokenizer, hub, spec, limit=2, folder=tmp_path)
+    with caplog.at_level(logging.INFO):
+        again, again_rows = run(model, tokenizer, hub, spec, limit=2, folder=tmp_path)
+    assert "already evaluated" in caplog.text
+    assert (again, again_rows) == (first, rows)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run(model, tokenizer, hub, spec, limit=3, folder=tmp_path)
+    assert "already evaluated" not in caplog.text
+
+
+def test_tree_without_the_data_is_one_line(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no data for 'piqa'"):
+        run(model, tokenizer, tmp_path, TaskSpec("piqa"))
+
+
+def test_unknown_task_names_the_nearest(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'hellaswag'"):
+        run(model, tokenizer, tmp_path, TaskSpec("hellaswga"))
+
+
+def test_a_path_is_no_task_name(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """lm-eval itself would load a definition from a path, and a definition may run code."""
+    definition = tmp_path / "mine.yaml"
+    definition.write_text("task: mine\ndataset_path: x\n")
+    with pytest.raises(InputError, match="is no lm-eval task"):
+        run(model, tokenizer, tmp_path, TaskSpec(str(definition)))
+
+
+def test_offline_block_puts_everything_back(tmp_path: Path) -> None:
+    import os
+
+    import datasets
+
+    before = (Path.cwd(), datasets.config.HF_DATASETS_CACHE, os.environ.get("HF_DATASETS_CACHE"))
+
+    def fail_inside() -> None:
+        with offline_data(tmp_path):
+            assert Path.cwd() == tmp_path
+            assert tree_key(tmp_path) in str(datasets.config.HF_DATASETS_CACHE)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_inside()
+    assert (Path.cwd(), datasets.config.HF_DATASETS_CACHE, os.environ.get("HF_DATASETS_CACHE")) == before
+
+
+def test_trees_that_look_alike_have_caches_of_their_own(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "org").mkdir(parents=True)
+        (tmp_path / name / "org" / "README.md").write_text("same")
+    assert tree_key(tmp_path / "a") != tree_key(tmp_path / "b")
+
+
+def test_suites_name_tasks_that_lm_eval_has() -> None:
+    harness.check_tasks(tuple(SUITES), (), None)
+
+
+def test_suite_settings_win_over_plain_names_and_shots_over_both() -> None:
+    specs = {spec.task: spec for spec in resolve_tasks(["commonsense"], ["arc_easy", "sciq"], None)}
+    assert specs["arc_easy"].metric == "acc"
+    assert specs["sciq"].shots is None
+    assert {spec.shots for spec in resolve_tasks(["commonsense"], ["sciq"], 3)} == {3}
+    with pytest.raises(InputError, match="did you mean 'commonsense'"):
+        resolve_tasks(["comonsense"], [], None)
+
+
+def test_evaluate_restores_training_mode_and_needs_text_for_language(model: Any, tokenizer: Any) -> None:
+    options = EvaluationOptions(suites=("language",), windows=1, window=32, batch_size=1)
+    with pytest.raises(InputError, match="needs documents"):
+        evaluate(model, tokenizer, name="m", role="student", documents=None, options=options)
+    model.train()
+    result = evaluate(model, tokenizer, name="m", role="student", documents=["some text " * 9], options=options)
+    assert model.training
+    model.eval()
+    assert result.language is not None
+    assert result.parameters == sum(p.numel() for p in model.parameters())

@@ -1,0 +1,188 @@
+"""The report is a function of its JSON; the page stands alone and shows in a real browser."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from t2r_evals import InputError, load_report, render_html, render_markdown, schema, write_report
+from t2r_evals.merge import merge_reports
+from t2r_evals.report import formats
+from t2r_evals.report.plots import figures
+
+
+@pytest.fixture
+def folder(report: schema.Report, tmp_path: Path) -> Path:
+    write_report(report, tmp_path / "report")
+    return tmp_path / "report"
+
+
+def test_markdown_and_html_are_functions_of_the_json(folder: Path) -> None:
+    again = load_report(folder)
+    assert render_markdown(again) == (folder / "report.md").read_text()
+    assert render_html(again) == (folder / "report.html").read_text()
+    assert load_report(folder / "report.json") == again
+
+
+def test_every_number_of_the_verdict_is_there(folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    assert "0.170 above the teacher's 2.722" in text
+    assert "student beats each" in text
+    assert "| arc\\_easy | student | 200 | -5.0 | -10.4 to +0.4 | 10 | 20 | 170 | 0.0987 | 90.0 |" in text
+
+
+def test_a_student_that_loses_to_a_control_is_told_so(report: schema.Report) -> None:
+    teacher, student, *_ = report.results
+    better = student.model_copy(update={"name": "window only", "role": "control"})
+    told = render_markdown(report.model_copy(update={"results": [teacher, student, better]}))
+    assert "student does not beat window only on loss" in told
+
+
+def test_samples_lie_beside_the_json(folder: Path) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(folder / "samples.parquet")
+    assert table.num_rows == 4 * 200
+    assert "hash7" not in (folder / "report.json").read_text()
+
+
+def test_html_refers_to_nothing_outside_itself(folder: Path) -> None:
+    class Links(html.parser.HTMLParser):
+        found: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.found += [v for k, v in attrs if k in ("src", "href", "srcset", "action", "data") and v]
+
+    page = (folder / "report.html").read_text()
+    parser = Links()
+    parser.feed(page)
+    assert parser.found == ["data:,"]
+    assert not re.search(r"@import|url\(", page)
+
+
+def test_html_escapes_what_models_and_users_wrote(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "<i>more</i>" not in page
+    assert "&lt;i&gt;more&lt;/i&gt;" in page
+
+
+def test_figures_are_well_formed_and_have_text_alternatives(folder: Path, report: schema.Report) -> None:
+    names = {path.stem for path in (folder / "figures").iterdir()}
+    assert {"loss-above-teacher", "memory-by-length", "loss-by-position", "training-1-align"} <= names
+    for path in (folder / "figures").iterdir():
+        root = ElementTree.fromstring(path.read_text())
+        assert root.get("role") == "img"
+        assert root.get("aria-label")
+        axis_titles = [element for element in root.iter() if element.get("class") == "axis"]
+        assert axis_titles, path.name
+
+
+def test_a_report_of_one_model_without_anything_else_renders(report: schema.Report) -> None:
+    bare = schema.Report(
+        title="Bare", created="now", results=[schema.ModelResult(name="m", role="student")], comparisons=[], worst=[]
+    )
+    assert render_markdown(bare).startswith("# Bare\n")
+    assert "<h1>Bare</h1>" in render_html(bare)
+    assert figures(bare) == []
+
+
+@pytest.mark.parametrize("version", [2, 0, None, "1"])
+def test_unknown_schema_versions_are_refused(folder: Path, version: object) -> None:
+    raw = json.loads((folder / "report.json").read_text())
+    raw["schema_version"] = version
+    (folder / "report.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="schema_version"):
+        load_report(folder)
+
+
+def test_unknown_fields_are_refused_by_name(folder: Path) -> None:
+    raw = json.loads((folder / "report.json").read_text())
+    raw["results"][0]["lanugage"] = None
+    (folder / "report.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"results\.0\.lanugage"):
+        load_report(folder)
+
+
+def test_missing_report_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no report there"):
+        load_report(tmp_path)
+
+
+def test_runs_side_by_side_share_their_teacher(report: schema.Report) -> None:
+    from t2r_evals.compare import compare_all
+
+    report = report.model_copy(update={"comparisons": compare_all(report.results)})
+    merged = merge_reports({"a": report, "b": report.model_copy(update={"created": "2027-01-01T00:00:00Z"})})
+    names = [result.name for result in merged.results]
+    assert names.count("teacher") == 1
+    assert {"a: student", "b: student"} < set(names)
+    assert {c.baseline for c in merged.comparisons or []} == {"teacher"}
+    assert "b: student" in render_html(merged)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (12, "12 B"), (1024, "1 KiB"), (2 * 2**20, "2 MiB"), (1030 * 2**20, "1.01 GiB")]
+)
+def test_sizes(value: float | None, text: str) -> None:
+    assert formats.size(value) == text
+
+
+PROBE = """<!doctype html><body><script>
+var errors = [], frame = document.createElement("iframe");
+frame.style.cssText = "border:0;height:800px;width:WIDTHpx";
+frame.onload = function () {
+  var page = frame.contentDocument, view = frame.contentWindow;
+  view.onerror = function (message) { errors.push(message); };
+  var heads = page.querySelectorAll("table.sortable th button");
+  heads.forEach(function (button) { button.click(); button.click(); });
+  var first = page.querySelector("table.sortable"), column = first.tHead.rows[0].cells[1];
+  column.querySelector("button").click();
+  var keys = Array.from(first.tBodies[0].rows).map(function (row) { return +row.cells[1].dataset.key; });
+  var pictures = Array.from(page.querySelectorAll("svg"));
+  document.body.innerHTML = "";
+  document.body.textContent = "PROBE" + JSON.stringify({
+    errors: errors, scroll: page.documentElement.scrollWidth - page.documentElement.clientWidth, heads: heads.length,
+    sorted: keys.every(function (key, i) { return i === 0 || keys[i - 1] <= key; }) && keys.length > 2,
+    pictures: pictures.length, named: pictures.every(function (svg) { return svg.getAttribute("aria-label"); }),
+    outside: pictures.filter(function (svg) { return Array.from(svg.querySelectorAll("text")).some(function (text) {
+      var a = text.getBoundingClientRect(), b = svg.getBoundingClientRect();
+      return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1; }); })
+      .map(function (svg) { return svg.getAttribute("aria-label"); })
+  }) + "PROBE";
+};
+document.body.appendChild(frame);
+frame.srcdoc = SOURCE;
+</script></body>"""
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_page_in_a_real_browser(folder: Path, tmp_path: Path, width: int) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("SKIPPED FOR LACK OF A BROWSER: chromium is not installed")
+    source = json.dumps((folder / "report.html").read_text()).replace("</", "<\\/")
+    probe = tmp_path / "probe.html"
+    probe.write_text(PROBE.replace("WIDTH", str(width)).replace("SOURCE", source))
+    switches = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    switches += " --disable-component-update --disable-sync --virtual-time-budget=5000 --window-size=1500,900"
+    run = subprocess.run(
+        [browser, *switches.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    seen = json.loads(html.unescape(run.stdout.split("PROBE")[1]))
+    assert seen["errors"] == []
+    assert seen["scroll"] == 0
+    assert seen["heads"] > 20
+    assert seen["sorted"]
+    assert seen["pictures"] >= 6
+    assert seen["named"]
+    assert seen["outside"] == []
