@@ -1,0 +1,131 @@
+"""The typed recipe: one file is the whole run. `t2r recipes validate --schema` prints this as JSON schema."""
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
+
+from t2r.model.mixers import AnyMixerOptions
+from t2r.recipe.counts import Count
+from t2r.recipe.stages import Section, Stage
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class Model(Section):
+    """The teacher, and the precision of what is written."""
+
+    source: Text = Field(description="the teacher: a folder, shipped:NAME or a Hub id")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16",
+        description="of the teacher, the converted and the final student; training holds fp32 weights",
+    )
+
+
+class DataSource(Section):
+    """Where documents come from."""
+
+    source: Annotated[list[Text], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        description="text, JSONL or parquet files, folders or globs of those, shipped:NAME, or one `datasets` name"
+    )
+    config_name: Text | None = Field(default=None, description="`datasets` configuration")
+    split: Text = Field(default="train", description="`datasets` split")
+    revision: Text | None = Field(default=None, description="`datasets` revision")
+    streaming: bool = Field(default=True, description="read a `datasets` name as a stream; false: download it first")
+    text_field: Text = Field(default="text", description="column of JSONL, parquet and `datasets` records")
+    document_separator: Literal["nul", "none"] = Field(
+        default="nul",
+        description="text files: documents end at a line holding one NUL character; none: a file is a document",
+    )
+
+
+class Data(DataSource):
+    """Training text, and the text that validation reads."""
+
+    sequence_length: Count | None = Field(default=None, description="of every stage that does not set its own")
+    shuffle_block: Annotated[int, Field(ge=0)] = Field(
+        default=4096,
+        description="documents permuted at a time, differently in every epoch; 0: in the order of the source",
+    )
+    validation: DataSource | None = None
+
+
+class Evaluate(Section):
+    """What `t2r run` measures at the end, on teacher, student and controls."""
+
+    suites: list[Text] = Field(default=[])
+    tasks: list[Text] = Field(default=[])
+    baseline: Literal["source"] | None = Field(default="source", description="source: the teacher beside the student")
+    controls: list[Literal["no-training", "window-only"]] = Field(default=[])
+    windows: Annotated[int, Field(gt=0)] = Field(default=48, description="validation windows")
+    window: Count = Field(default=2048, description="tokens per validation window")
+    limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="examples per task; null: all")
+    offline_root: Text | None = Field(default=None, description="folder that stands in for the Hub's data sets")
+
+
+class Generate(Section):
+    """Samples from the final student."""
+
+    prompts: list[str] = Field(default=[])
+    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+
+
+class Log(Section):
+    """Trackers beside the JSONL log, which is always written."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    trackio: bool = False
+    project: Text = "t2r"
+
+
+class Distributed(Section):
+    """How torchrun's processes share the model. One process: ignored."""
+
+    fsdp: Text | None = Field(default=None, description="transformers' --fsdp, for example full_shard; null: DDP")
+    fsdp_config: dict[str, Any] = Field(
+        default={}, description="transformers' --fsdp_config; FSDP2 unless it says otherwise"
+    )
+
+
+class Recipe(Section):
+    """A whole run: source, mixer, data, stages, evaluation."""
+
+    model: Model
+    mixer: Annotated[list[AnyMixerOptions], BeforeValidator(_as_list), Field(min_length=1)]
+    data: Data
+    stages: list[Stage] = Field(min_length=1)
+    evaluate: Evaluate = Evaluate()
+    generate: Generate = Generate()
+    log: Log = Log()
+    distributed: Distributed = Distributed()
+    output: Text = Field(description="folder of the run")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_inherit_sequence_length(cls, value: Any) -> Any:
+        """A stage without its own sequence_length takes the data's, so that the resolved recipe shows it."""
+        length = value.get("data", {}).get("sequence_length") if _has_parts(value) else None
+        if length is None:
+            return value
+        stages = [{"sequence_length": length, **s} if isinstance(s, dict) else s for s in value["stages"]]
+        return {**value, "stages": stages}
+
+    @field_serializer("mixer")
+    def _mixer_with_layers(self, mixers: list[AnyMixerOptions]) -> list[dict[str, Any]]:
+        # Not the plain dump: that has the options of every style, which the loader refuses.
+        return [{**mixer.stored(), "layers": mixer.layers} for mixer in mixers]
+
+
+def _has_parts(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("data"), dict) and isinstance(value.get("stages"), list)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` reads it back to an equal Recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,6 @@
+"""Training of a converted student: align, distill, finetune."""
+
+from t2r.train.run import finetune
+from t2r.train.trainer import NonFiniteError
+
+__all__ = ["NonFiniteError", "finetune"]

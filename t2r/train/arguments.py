@@ -1,0 +1,86 @@
+"""A stage's options as transformers' TrainingArguments."""
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from t2r.errors import InputError
+from t2r.model.mixers import MIXERS
+from t2r.recipe import AlignStage, Recipe, Stage
+
+logger = logging.getLogger(__name__)
+
+
+def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
+    """The arguments of one stage.
+
+    Args:
+        folder: of the stage; checkpoints and TensorBoard's files go there.
+
+    Raises:
+        InputError: a tracker that is not installed, or a batch that the processes cannot share evenly.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = stage.batch_tokens // stage.sequence_length
+    if rows % (stage.micro_batch_size * processes):
+        raise InputError(
+            f"stages: {stage.kind}: batch_tokens / sequence_length = {rows} rows cannot be shared by {processes} "
+            f"processes of micro_batch_size {stage.micro_batch_size}"
+        )
+    args = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.micro_batch_size,
+        gradient_accumulation_steps=rows // (stage.micro_batch_size * processes),
+        learning_rate=stage.lr.mixer,
+        adam_beta1=stage.betas[0],
+        adam_beta2=stage.betas[1],
+        max_grad_norm=stage.clip or 0.0,
+        bf16=stage.precision == "bf16",
+        seed=recipe.seed,
+        logging_steps=stage.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # saving and evaluating are decided between steps, by our own callback
+        eval_strategy="no",
+        ignore_data_skip=True,  # the stream of rows resumes by itself
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="no",
+        use_cache=True,  # what the saved configuration says; training passes use_cache=False
+        disable_tqdm=True,
+        report_to=_trackers(recipe, folder),
+        run_name=f"{Path(recipe.output).name}-{folder.name}",
+        project=recipe.log.project,
+        **_sharding(recipe, stage, processes),
+    )
+    if args.n_gpu > 1:
+        logger.warning("%d GPUs are visible and one is used; start with torchrun to use more.", args.n_gpu)
+        args._n_gpu = 1  # else the Trainer wraps the model in nn.DataParallel
+    return args
+
+
+def _trackers(recipe: Recipe, folder: Path) -> list[str]:
+    asked = [name for name in ("tensorboard", "wandb", "trackio") if getattr(recipe.log, name)]
+    for name in asked:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"log.{name}: the package {name} is not installed; pip install 't2r[trackers]'")
+    if "tensorboard" in asked:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    if "wandb" in asked:
+        os.environ.setdefault("WANDB_PROJECT", recipe.log.project)
+    return asked or ["none"]
+
+
+def _sharding(recipe: Recipe, stage: Stage, processes: int) -> dict[str, Any]:
+    if recipe.distributed.fsdp is None or processes == 1:
+        return {}
+    if stage.adapter is not None:
+        raise InputError("distributed.fsdp: not together with an adapter; leave fsdp out (DDP) for that stage's run")
+    config = {"fsdp_version": 2, **recipe.distributed.fsdp_config}
+    if isinstance(stage, AlignStage):
+        # Align calls the mixers one by one, past their layers: each has to gather its own weights.
+        config["transformer_layer_cls_to_wrap"] = [mixer.__name__ for mixer in MIXERS.values()]
+    return {"fsdp": recipe.distributed.fsdp, "fsdp_config": config}

@@ -1,0 +1,234 @@
+"""Carry out the stages of a recipe: each loads the model before it, trains, and publishes its own."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from t2r.errors import InputError
+from t2r.model import load
+from t2r.publish import CONFIG, MANIFEST, publish, verify_manifest
+from t2r.recipe import AlignStage, FinetuneStage, Recipe, RunFolder, Stage, StageFolder
+from t2r.resources import resolve
+from t2r.train import checkpoints
+from t2r.train.arguments import training_arguments
+from t2r.train.documents import Source, open_source, read_documents
+from t2r.train.objectives import make_objective
+from t2r.train.packing import Batches, Loader, PackedRows, State, validation_windows
+from t2r.train.parameters import add_adapter, freeze
+from t2r.train.progress import ProgressCallback
+from t2r.train.signals import StopSignal
+from t2r.train.trainer import StageTrainer, save_weights
+
+logger = logging.getLogger(__name__)
+
+Resume = Literal["auto", "never"] | Path
+
+
+def finetune(recipe: Recipe, *, resume: Resume | str = "auto") -> Path:
+    """Train the converted student of a run by all stages of its recipe.
+
+    Finished stages are kept. `folder.converted` must exist. Under torchrun every process calls this.
+
+    Args:
+        resume: auto: go on from the newest checkpoint that verifies; never: start again, removing the stages' outputs;
+            a path: go on from that checkpoint, removing later ones.
+
+    Returns:
+        The folder of the final student.
+
+    Raises:
+        InputError: no converted student, bad data, or a checkpoint that does not verify.
+        NonFiniteError: a loss or gradient was NaN or infinite.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, when the checkpoint is written.
+    """
+    folder = RunFolder(recipe)
+    if not (folder.converted / CONFIG).is_file():
+        raise InputError(f"{folder.converted}: no converted student there; `t2r finetune` and `t2r run` convert first")
+    state = PartialState()
+    if state.is_main_process:
+        folder.claim()
+        _reset(folder, resume)
+    state.wait_for_everyone()
+    source = open_source(recipe.data)
+    validation = read_documents(recipe.data.validation) if recipe.data.validation else []
+    before, data_state, teacher = folder.converted, None, None
+    with StopSignal() as stop:
+        for stage, place in zip(recipe.stages, folder.stages, strict=True):
+            if not place.done:
+                args = training_arguments(recipe, stage, place.path)
+                if isinstance(stage, FinetuneStage):
+                    teacher = None
+                elif teacher is None:
+                    teacher = _load_teacher(recipe, args)
+                run = _StageRun(recipe, stage, place, args, stop)
+                run.train(before, teacher, source, data_state, validation)
+                state.wait_for_everyone()
+                stop.end()
+            before, data_state = place.model, json.loads(place.summary.read_text())["data_state"]
+    if state.is_main_process:
+        _publish_final(recipe, before, folder.model)
+    state.wait_for_everyone()
+    return folder.model
+
+
+def _reset(folder: RunFolder, resume: Resume | str) -> None:
+    """Bring the run folder to the point to go on from."""
+    if resume == "auto":
+        return
+    stages = folder.stages
+    if resume != "never":
+        checkpoint = Path(resume)
+        found = [place for place in stages if checkpoint.resolve().parent == place.checkpoints.resolve()]
+        if not found:
+            raise InputError(
+                f"--resume {checkpoint}: not a checkpoint of this run ({folder.path}/stages/*/checkpoints)"
+            )
+        step = checkpoints.step_of(checkpoint)
+        if problems := checkpoints.problems(checkpoint):
+            raise InputError(f"--resume {problems[0]}")
+        checkpoints.remove_after(found[0].checkpoints, step)
+        shutil.rmtree(found[0].model, ignore_errors=True)
+        stages = stages[stages.index(found[0]) + 1 :]
+    for path in [*(place.path for place in stages), folder.model]:
+        if path.exists():
+            logger.warning("Removing %s.", path)
+            shutil.rmtree(path)
+
+
+def _load_teacher(recipe: Recipe, args: TrainingArguments) -> Any:
+    teacher, _ = load(resolve(recipe.model.source), dtype=getattr(torch, recipe.model.dtype), device=str(args.device))
+    return teacher.requires_grad_(False)
+
+
+class _StageRun:
+    """One stage, from the model before it to its own."""
+
+    def __init__(
+        self, recipe: Recipe, stage: Stage, place: StageFolder, args: TrainingArguments, stop: StopSignal
+    ) -> None:
+        self.recipe, self.stage, self.place, self.args, self.stop = recipe, stage, place, args, stop
+
+    def train(
+        self, before: Path, teacher: Any, source: Source, data_state: State | None, validation: list[str]
+    ) -> None:
+        """Train from the newest checkpoint or from the start, and publish unless a signal came before the end."""
+        stage = self.stage
+        student, tokenizer = load(before, dtype=torch.float32, device="cpu")
+        checkpoint = checkpoints.newest_verified(self.place.checkpoints)
+        step = checkpoints.step_of(checkpoint) if checkpoint else 0
+        if checkpoint:
+            logger.warning("%s: going on from %s.", self.place.path.name, checkpoint.name)
+            data_state = json.loads((checkpoint / checkpoints.DATA).read_text())
+        if self.args.process_index == 0:
+            checkpoints.remove_after(self.place.checkpoints, step)
+        loader = self._loader(source, tokenizer, data_state)
+        windows = (
+            validation_windows(validation, tokenizer, length=stage.sequence_length, count=stage.evaluate_windows)
+            if validation
+            else []
+        )
+        progress = ProgressCallback(stage, self.place.log, title=self.place.path.name, step=step)
+        objective = make_objective(stage, teacher)
+        model = self._trainable(student, before)
+        with objective.installed(student):
+            trainer = StageTrainer(
+                model,
+                self.args,
+                stage=stage,
+                objective=objective,
+                loader=loader,
+                validation=windows,
+                stop=self.stop,
+                callbacks=[progress] if self.args.process_index == 0 else [],
+            )
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < stage.steps:
+            assert self.stop.received is not None
+            self.stop.end()
+        self._publish(trainer, before, progress.seconds, loader.state)
+
+    def _trainable(self, student: Any, before: Path) -> Any:
+        stage = self.stage
+        if stage.adapter is not None:
+            return add_adapter(student, stage.adapter, str(before))
+        freeze(student, stage)
+        if stage.gradient_checkpointing and not isinstance(stage, AlignStage):
+            enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        return student
+
+    def _loader(self, source: Source, tokenizer: Any, state: State | None) -> Loader:
+        data = self.recipe.data
+        rows = PackedRows(
+            source,
+            tokenizer,
+            length=self.stage.sequence_length,
+            seed=self.recipe.seed,
+            block=data.shuffle_block,
+            state=state,
+        )
+        batches = Batches(
+            rows, size=self.stage.micro_batch_size, rank=self.args.process_index, world=self.args.world_size
+        )
+        return Loader(batches, workers=int(self.args.device.type == "cuda"))
+
+    def _publish(self, trainer: StageTrainer, before: Path, seconds: float, data_state: State | None) -> None:
+        sharded = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+        if self.args.process_index:
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        if self.stage.adapter is not None:
+            with publish(self.place.adapter, overwrite=True) as staging:
+                save_weights(model, staging)
+            model = model.merge_and_unload()
+        tokens = self.stage.steps * self.stage.batch_tokens
+        summary = {
+            "kind": self.stage.kind,
+            "tokens": tokens,
+            "steps": self.stage.steps,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "device": _device_name(self.args.device),
+            "processes": self.args.world_size,
+            "versions": _versions(),
+            "data_state": data_state,
+        }
+        partial = self.place.summary.with_suffix(".partial")
+        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        partial.replace(self.place.summary)
+        _publish_model(model, before, self.place.model, sharded)
+
+
+def _publish_final(recipe: Recipe, last: Path, destination: Path) -> None:
+    """The last stage's student in the recipe's dtype."""
+    if destination.is_dir() and not verify_manifest(destination):
+        return
+    model, _ = load(last, dtype=getattr(torch, recipe.model.dtype), device="cpu")
+    _publish_model(model, last, destination)
+
+
+def _publish_model(model: Any, before: Path, destination: Path, state_dict: dict | None = None) -> None:
+    """A student with the tokenizer and licence files of the folder it came from."""
+    with publish(destination, overwrite=True) as staging:
+        save_weights(model, staging, state_dict)
+        for path in before.iterdir():
+            own = path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
+            if path.is_file() and not own and path.name not in (CONFIG, MANIFEST, "README.md"):
+                shutil.copyfile(path, staging / path.name)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("t2r", "torch", "transformers", "accelerate", "peft", "datasets")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
