@@ -54,10 +54,13 @@ def print_state(description: Mapping[str, Any], console: Console) -> None:
     """The memory of one sequence: the mixers' state against the teacher's KV cache (t2r.model.describe)."""
     state, per_token = description["state_bytes"], description["teacher_kv_bytes_per_token"]
     left = description["kv_bytes_per_token"]
+    if left == per_token:
+        console.print(f"KV cache {per_token:,} bytes per token", highlight=False)
+        return
     grows = f" + {left:,} bytes per token in the untouched layers" if left else ""
     console.print(
         f"state per sequence {state:,} bytes{grows}; teacher's KV cache {per_token:,} bytes per token "
-        f"(as much after {state / max(per_token - left, 1):.0f} tokens)",
+        f"(as much after {state / (per_token - left):.0f} tokens)",
         highlight=False,
         soft_wrap=True,
     )
