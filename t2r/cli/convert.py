@@ -67,7 +67,7 @@ def command(
     options |= {key: value for key, value in (("style", style), ("slots", slots)) if value is not None}
     mixers = parse_options(options)
     written = None if dtype == "source" else dtype
-    plan = make_plan(source, mixers, dtype=written, max_shard_size=max_shard_size, seed=seed)
+    plan = make_plan(source, mixers, dtype=written, max_shard_size=max_shard_size, seed=seed, dry_run=dry_run)
     if destination is not None:
         check_space(plan, Path(destination))
     if as_json:

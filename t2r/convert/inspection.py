@@ -4,8 +4,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_safetensors_metadata, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -13,11 +11,10 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from t2r.convert.card import mixer_table
-from t2r.convert.headers import parse_json
 from t2r.convert.hosts import build_config
 from t2r.convert.plan import DTYPES
 from t2r.convert.show import print_state
-from t2r.convert.source import is_hub_id, open_checkpoint
+from t2r.convert.source import open_checkpoint
 from t2r.errors import InputError
 from t2r.model import HOSTS, describe
 from t2r.publish import MANIFEST, verify_manifest
@@ -26,28 +23,28 @@ from t2r.publish import MANIFEST, verify_manifest
 def inspect_model(source: str) -> dict[str, Any]:
     """Mixers, parameters, memory and weight files of a host or student, as JSON values.
 
-    Of a Hub repository only config.json and the headers are downloaded.
+    Of a Hub repository the small files and the headers are downloaded.
 
     Raises:
         InputError: no model there, an architecture that is not supported, or a broken checkpoint.
     """
-    if is_hub_id(source) and not Path(source).exists():
-        raw, path, weights = _on_the_hub(source)
-        manifest = None
-    else:
-        checkpoint = open_checkpoint(source)
-        raw, path = checkpoint.config, checkpoint.folder / "config.json"
-        weights = {
-            "files": len({t.file for t in checkpoint.tensors.values()}),
-            "tensors": len(checkpoint.tensors),
-            "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
-            "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
-        }
-        published = (checkpoint.folder / MANIFEST).is_file()
-        manifest = verify_manifest(checkpoint.folder, contents=False) if published else None
-    config = read_any_config(raw, path)
+    checkpoint = open_checkpoint(source, weights=False)
+    tensors = checkpoint.tensors.values()
+    published = (checkpoint.folder / MANIFEST).is_file()
+    config = read_any_config(checkpoint.config, checkpoint.folder / "config.json")
     mixers = getattr(config, "mixers", None) or [None] * config.num_hidden_layers
-    return {"model": source, **describe(config), "mixers": mixers, "weights": weights, "manifest_problems": manifest}
+    return {
+        "model": source,
+        **describe(config),
+        "mixers": mixers,
+        "weights": {
+            "files": len({t.file for t in tensors}),
+            "tensors": len(tensors),
+            "bytes": sum(t.nbytes for t in tensors),
+            "dtypes": dict(Counter(t.dtype for t in tensors)),
+        },
+        "manifest_problems": verify_manifest(checkpoint.folder, contents=False) if published else None,
+    }
 
 
 def read_any_config(raw: dict[str, Any], path: Path) -> PreTrainedConfig:
@@ -91,19 +88,3 @@ def print_information(found: dict[str, Any], console: Console) -> None:
         console.print(
             f"manifest: {'; '.join(problems) or 'files present, sizes as listed'}", markup=False, highlight=False
         )
-
-
-def _on_the_hub(source: str) -> tuple[dict[str, Any], Path, dict[str, Any]]:
-    try:
-        path = Path(hf_hub_download(source, "config.json"))
-        metadata = get_safetensors_metadata(source)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError, OSError) as error:
-        raise InputError(f"{source}: no such folder here, and the Hub says: {' '.join(str(error).split())}") from error
-    tensors = [t for file in metadata.files_metadata.values() for t in file.tensors.values()]
-    weights = {
-        "files": len(metadata.files_metadata),
-        "tensors": len(tensors),
-        "bytes": sum(t.data_offsets[1] - t.data_offsets[0] for t in tensors),
-        "dtypes": dict(Counter(t.dtype for t in tensors)),
-    }
-    return parse_json(path.read_bytes(), path), path, weights

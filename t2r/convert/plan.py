@@ -108,6 +108,7 @@ def make_plan(
     dtype: str | None = "bfloat16",
     max_shard_size: str | int = "5GB",
     seed: int = 0,
+    dry_run: bool = False,
 ) -> Plan:
     """Plan the conversion of a checkpoint.
 
@@ -117,6 +118,7 @@ def make_plan(
         dtype: of the student's weights: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_size: a number of bytes, or text such as "5GB" or "500MB" (powers of ten).
         seed: of the new tensors' initial values.
+        dry_run: do not download the weights of a Hub id; the plan can be shown but not carried out.
 
     Raises:
         InputError: the source or an argument breaks a rule, in one line.
@@ -124,7 +126,7 @@ def make_plan(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPES)}, source")
     limit = parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, weights=not dry_run)
     host, ignored = read_host_config(checkpoint)
     _check_against_config(checkpoint, host)
     config = student_config(host, assign_mixers(mixers, host.num_hidden_layers))

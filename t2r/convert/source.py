@@ -1,7 +1,6 @@
 """A checkpoint on disk: which files it has and which tensor lies where. Trusts nothing, reads no weights."""
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t2r.convert.headers import StoredTensor, parse_json, read_header
+from t2r.convert.hub import download, is_hub_id, remote_tensors
 from t2r.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -30,8 +30,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-_HUB_PATTERNS = ("model*.safetensors", INDEX, "config.json", "README.md", *TOKENIZER_FILES, *LICENCE_FILES)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_PATTERNS = (INDEX, "config.json", "README.md", *TOKENIZER_FILES, *LICENCE_FILES)
 _MAX_JSON_BYTES = 64 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -59,61 +58,44 @@ class Checkpoint:
         return [path for name in (*TOKENIZER_FILES, *LICENCE_FILES) if (path := member(self.folder, name)).is_file()]
 
 
-def fetch(source: str | Path) -> Path:
-    """The resolved folder of a local checkpoint, or of a Hub id's snapshot, downloaded without pickles and code.
-
-    Raises:
-        InputError: no such folder and no such repository, or the Hub cannot be reached.
-    """
-    if Path(source).is_dir():
-        return Path(source).resolve()
-    if Path(source).exists():
-        raise InputError(f"{source}: a file, expected the folder of a checkpoint")
-    if not is_hub_id(source):
-        raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(str(source), allow_patterns=list(_HUB_PATTERNS), ignore_patterns=["*/*"])
-        ).resolve()
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"{source}: no such folder here, and the Hub cannot be reached") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{source}: no such folder here, and the Hub says: {reason}") from error
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """True for text of the form org/name that could name a Hub repository."""
-    text = str(source)
-    return bool(_HUB_ID.fullmatch(text)) and not text.startswith((".", "-", "/", "~"))
-
-
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, weights: bool = True) -> Checkpoint:
     """Find every tensor of a checkpoint from its index and headers.
+
+    Args:
+        source: a local folder, or a Hub id, which is downloaded into the Hub cache.
+        weights: False leaves the weights of a Hub id where they are and asks for their headers alone.
 
     Raises:
         InputError: anything that does not add up: no weights, pickles only, shards absent or unlisted, a tensor in
             two shards or not in the shard the index names, paths that leave the folder, broken headers.
     """
-    folder = fetch(source)
+    remote = not Path(source).exists()
+    if remote and not is_hub_id(source):
+        raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
+    if remote:
+        folder = download(str(source), [*_HUB_PATTERNS, "model*.safetensors"] if weights else list(_HUB_PATTERNS))
+    elif Path(source).is_dir():
+        folder = Path(source).resolve()
+    else:
+        raise InputError(f"{source}: a file, expected the folder of a checkpoint")
     if not any(folder.iterdir()):
         raise InputError(f"{source}: the folder is empty")
     if not (folder / "config.json").is_file():
         raise InputError(f"{source}: no config.json in the folder, so it is no checkpoint")
+    tensors = remote_tensors(str(source), folder) if remote and not weights else _local_tensors(source, folder)
+    return Checkpoint(str(source), folder, tensors)
+
+
+def _local_tensors(source: str | Path, folder: Path) -> dict[str, StoredTensor]:
     present = {path.name for path in folder.glob("*.safetensors")}
     if os.path.lexists(folder / INDEX):
-        tensors = _sharded(folder, present)
-    elif SINGLE in present:
-        extra = sorted(present - {SINGLE})
-        if extra:
-            raise InputError(f"{folder / extra[0]}: present beside {SINGLE}, but there is no {INDEX} that lists it")
-        tensors = read_header(member(folder, SINGLE))
-    else:
+        return _sharded(folder, present)
+    if SINGLE not in present:
         raise InputError(_no_weights(source, folder, present))
-    return Checkpoint(str(source), folder, tensors)
+    extra = sorted(present - {SINGLE})
+    if extra:
+        raise InputError(f"{folder / extra[0]}: present beside {SINGLE}, but there is no {INDEX} that lists it")
+    return read_header(member(folder, SINGLE))
 
 
 def member(folder: Path, name: str) -> Path:
