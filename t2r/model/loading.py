@@ -1,11 +1,13 @@
 """Load a teacher or a student and its tokenizer by path or Hub id."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from t2r.errors import InputError
 
@@ -26,6 +28,8 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise InputError(f"{source}: not a model (no config.json)")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # lines that overwrite each other are for terminals
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(
