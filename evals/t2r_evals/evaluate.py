@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from t2r_evals import harness, language
 from t2r_evals.errors import InputError
 from t2r_evals.schema import ModelResult, Record, Role, TaskResult
+from t2r_evals.speed import measure_speed
 from t2r_evals.suites import resolve_tasks
 
 
@@ -25,6 +26,8 @@ class EvaluationOptions(Record):
         max_length: context in tokens for tasks; longer prompts are cut on the left, and counted.
         offline_root: folder that stands in for the Hub's data sets; None = the Hub.
         tasks_root: folder with further task definitions. They may run code: only pass what you trust.
+        contexts: prompt lengths at which speed is measured; none by default.
+        largest_batch: on a GPU, speed also at the largest batch up to this that fits.
         far_repeat_gap, far_repeat_min_id: see `language.far_repeats`.
     """
 
@@ -40,6 +43,8 @@ class EvaluationOptions(Record):
     max_length: int = Field(2048, ge=2)
     offline_root: Path | None = None
     tasks_root: Path | None = None
+    contexts: tuple[int, ...] = ()
+    largest_batch: int = Field(1, ge=1)
     far_repeat_gap: int = Field(128, ge=1)
     far_repeat_min_id: int = Field(300, ge=0)
     seed: int = 0
@@ -107,6 +112,7 @@ def evaluate(
                 seed=options.seed,
                 folder=folder,
             )
+        points = measure_speed(model, options.contexts, largest_batch=options.largest_batch, seed=options.seed)
     finally:
         model.train(was_training)
     return ModelResult(
@@ -118,5 +124,6 @@ def evaluate(
         dtype=str(model.dtype).removeprefix("torch."),
         language=spoken,
         tasks=tasks,
+        speed=points,
         samples=samples,
     )

@@ -23,6 +23,10 @@ import click
 @click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Context for tasks.")
 @click.option("--offline-root", type=click.Path(path_type=Path), help="Folder that stands in for the Hub's data sets.")
 @click.option("--tasks-root", type=click.Path(path_type=Path), help="Further task definitions. They may run code.")
+@click.option(
+    "--speed", "contexts", default="", metavar="N,M", help="Measure speed at these prompt lengths (2K = 2048)."
+)
+@click.option("--largest-batch", type=click.IntRange(min=1), default=1, show_default=True, help="For --speed on a GPU.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16, float16.")
@@ -34,6 +38,7 @@ def command(
     controls: tuple[str, ...],
     suites: str,
     tasks: str,
+    contexts: str,
     text: Path | None,
     dtype: str,
     device: str,
@@ -57,8 +62,9 @@ def command(
     named = {"suites": _names(suites), "tasks": _names(tasks)}
     if text is not None and "language" not in named["suites"]:
         named["suites"] = ("language", *named["suites"])
-    if not named["suites"] and not named["tasks"]:
-        raise InputError("nothing to measure: pass --text FILE, --suite or --tasks")
+    lengths = tuple(_length(name) for name in _names(contexts))
+    if not named["suites"] and not named["tasks"] and not lengths:
+        raise InputError("nothing to measure: pass --text FILE, --suite, --tasks or --speed")
     if "language" in named["suites"] and text is None:
         raise InputError("--suite language: pass the text to read with --text FILE")
     documents = None if text is None else _documents(text)
@@ -74,7 +80,7 @@ def command(
     from t2r_evals.provenance import machine, versions
 
     start = time.perf_counter()
-    options = EvaluationOptions.model_validate({**named, **settings})
+    options = EvaluationOptions.model_validate({**named, **settings, "contexts": lengths})
     check_tasks(options.suites, options.tasks, options.tasks_root)
     subjects = [(baseline, "teacher")] if baseline else []
     subjects += [(model, "student"), *((control, "control") for control in controls)]
@@ -148,6 +154,15 @@ def _documents(path: Path) -> list[str]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+
+
+def _length(text: str) -> int:
+    from t2r.errors import InputError
+
+    number, factor = (text[:-1], 1024) if text[-1] in "kK" else (text, 1)
+    if not number.isdigit() or int(number) == 0:
+        raise InputError(f"--speed {text!r}: a length is a whole number of tokens, or of 1024 with K: 512,2K,32K")
+    return int(number) * factor
 
 
 def _labels(sources: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ def test_markdown_and_html_are_functions_of_the_json(folder: Path) -> None:
 def test_every_number_of_the_verdict_is_there(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "0.170 above the teacher's 2.722" in text
-    assert "student beats each" in text
+    assert "The student beats each" in text
     assert "| arc\\_easy | student | 200 | -5.0 | -10.4 to +0.4 | 10 | 20 | 170 | 0.0987 | 90.0 |" in text
 
 
@@ -40,7 +40,7 @@ def test_a_student_that_loses_to_a_control_is_told_so(report: schema.Report) -> 
     teacher, student, *_ = report.results
     better = student.model_copy(update={"name": "window only", "role": "control"})
     told = render_markdown(report.model_copy(update={"results": [teacher, student, better]}))
-    assert "student does not beat window only on loss" in told
+    assert "The student does not beat window only on loss" in told
 
 
 def test_samples_lie_beside_the_json(folder: Path) -> None:

@@ -76,3 +76,7 @@ def duration(seconds: float | None) -> str:
 def duration_ms(seconds: float | None) -> str:
     """For latencies: milliseconds below ten seconds."""
     return f"{1000 * seconds:.3g} ms" if seconds is not None and seconds < 10 else duration(seconds)
+
+
+def plural(number: int, word: str) -> str:
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"

@@ -55,7 +55,10 @@ def tiles(report: Report) -> list[Tile]:
     shares = [c.recovered for c in report.comparisons or [] if c.model == student.name and c.recovered is not None]
     if shares:
         found.append(
-            Tile(f"{100 * sum(shares) / len(shares):.0f}%", f"of the gain over chance kept, {len(shares)} tasks")
+            Tile(
+                f"{100 * sum(shares) / len(shares):.0f}%",
+                f"of the gain over chance kept ({f.plural(len(shares), 'task')})",
+            )
         )
     if report.stages:
         found.append(Tile(f.count(view.trained_tokens(report)), "training tokens"))

@@ -8,7 +8,7 @@ from itertools import pairwise
 from xml.sax.saxutils import escape, quoteattr
 
 WIDTH, HEIGHT = 460, 290
-LEFT, RIGHT, BOTTOM = 58, 16, 44
+RIGHT, BOTTOM = 16, 44
 CHARACTER = 6.8  # mean width of a character at font-size 12, for laying out text that cannot be measured here
 
 # Colours for both schemes; the page and the stand-alone files share them.
@@ -64,18 +64,20 @@ def line_chart(
     series = [_finite(s, x_log, y_log) for s in series]
     xs = [x for s in series for x in s.x]
     ys = [y for s in series for y in s.y] + ([0.0] if from_zero else [])
-    legend, top = _legend(series)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    x_at, x_ticks = _axis(min(xs), max(xs), LEFT, right, log=x_log, base=2, wanted=6)
+    _, y_ticks = _axis(min(ys), max(ys), bottom, 0, log=y_log, base=y_base, wanted=5, pad=True)
+    left = 26 + CHARACTER * max(len(y_format(tick)) for tick in y_ticks)
+    legend, top = _legend(series, left)
+    x_at, x_ticks = _axis(min(xs), max(xs), left, right, log=x_log, base=2, wanted=6)
     y_at, y_ticks = _axis(min(ys), max(ys), bottom, top, log=y_log, base=y_base, wanted=5, pad=True)
     parts = [legend]
     for tick in y_ticks:
         y = y_at(tick)
         parts.append(
-            f'<line class="{"zero" if tick == 0 else "grid"}" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<line class="{"zero" if tick == 0 else "grid"}" x1="{left:.1f}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(y_format(tick))}</text>'
+            f'<text class="tick" x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(y_format(tick))}</text>'
         )
     for tick in x_ticks:
         x = x_at(tick)
@@ -91,7 +93,7 @@ def line_chart(
                 hover = escape(f"{s.label}: {y_format(y)} at {x_format(x)}")
                 parts.append(f'<circle class="s{s.color}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3">')
                 parts.append(f"<title>{hover}</title></circle>")
-    parts.append(_axis_titles(x_label, y_label, top, bottom))
+    parts.append(_axis_titles(x_label, y_label, left, top, bottom))
     return _document(title, HEIGHT, parts)
 
 
@@ -155,8 +157,8 @@ def _document(title: str, height: float, parts: Sequence[str]) -> str:
     )
 
 
-def _axis_titles(x_label: str, y_label: str, top: float, bottom: float) -> str:
-    x, y = (LEFT + WIDTH - RIGHT) / 2, (top + bottom) / 2
+def _axis_titles(x_label: str, y_label: str, left: float, top: float, bottom: float) -> str:
+    x, y = (left + WIDTH - RIGHT) / 2, (top + bottom) / 2
     return (
         f'<text class="axis" x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
         f'<text class="axis" transform="translate(12 {y:.1f}) rotate(-90)" text-anchor="middle">'
@@ -164,14 +166,14 @@ def _axis_titles(x_label: str, y_label: str, top: float, bottom: float) -> str:
     )
 
 
-def _legend(series: Sequence[Series]) -> tuple[str, float]:
+def _legend(series: Sequence[Series], left: float) -> tuple[str, float]:
     """Legend rows above the plot, and the y where the plot may begin."""
-    x, y, parts = float(LEFT), 14.0, []
+    x, y, parts = left, 14.0, []
     for s in series:
         label = _cut(s.label, 44)
         width = 28 + len(label) * CHARACTER
-        if x > LEFT and x + width > WIDTH - 4:
-            x, y = float(LEFT), y + 18
+        if x > left and x + width > WIDTH - 4:
+            x, y = left, y + 18
         dash = " dash" if s.dashed else ""
         parts.append(
             f'<line class="line s{s.color}{dash}" x1="{x:.1f}" x2="{x + 16:.1f}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"/>'

@@ -77,7 +77,7 @@ def verdict(report: Report) -> list[str]:
             else ""
         )
         said.append(
-            f"{cost}{student.name} reads held-out text at {student.language.loss:.3f} nats per token, "
+            f"{cost}{_subject(student, bool(cost))} reads held-out text at {student.language.loss:.3f} nats per token, "
             f"{_away(distance)} the teacher's {teacher.language.loss:.3f}{interval}."
         )
         said += _control_sentences(report, student, teacher, distance)
@@ -85,10 +85,27 @@ def verdict(report: Report) -> list[str]:
         cross = crossover(student, teacher)
         if cross is not None and student.state_bytes is not None:
             said.append(
-                f"{student.name} keeps {f.size(student.state_bytes)} of state per sequence at any length; "
+                f"{_subject(student)} keeps {f.size(student.state_bytes)} of state per sequence at any length; "
                 f"the teacher's KV cache is larger from {cross:,} tokens on."
             )
+        if teacher is not None:
+            said += _speed_sentences(student, teacher)
     return said
+
+
+def _speed_sentences(student: ModelResult, teacher: ModelResult) -> list[str]:
+    """Where the student overtakes the teacher in decoding at batch 1, or that it does not."""
+    mine, other = ({p.context: p for p in r.speed if p.batch == 1} for r in (student, teacher))
+    shared = sorted(set(mine) & set(other))
+    if not shared:
+        return []
+    ratios = {n: mine[n].decode_tokens_per_second / other[n].decode_tokens_per_second for n in shared}
+    ahead = next((n for i, n in enumerate(shared) if all(ratios[m] > 1 for m in shared[i:])), None)
+    longest = shared[-1]
+    if ahead is None:
+        return [f"It decodes slower than the teacher up to {longest:,} tokens of context ({ratios[longest]:.2f} x)."]
+    gain = f"{ratios[longest]:.1f} x at {longest:,}"
+    return [f"It decodes faster than the teacher from {ahead:,} tokens of context on; {gain}."]
 
 
 def _conversion_sentence(report: Report, teacher: ModelResult | None) -> str:
@@ -112,8 +129,17 @@ def _control_sentences(report: Report, student: ModelResult, teacher: ModelResul
     listed = ", ".join(f"{control.name} {value:+.3f}" for control, value in controls)
     ahead = [control.name for control, value in controls if value <= distance]
     if ahead:
-        return [f"Controls, above the teacher: {listed}. {student.name} does not beat {' and '.join(ahead)} on loss."]
-    return [f"Controls, above the teacher: {listed}. {student.name} beats {'each' if len(controls) > 1 else 'it'}."]
+        return [
+            f"Controls, above the teacher: {listed}. {_subject(student)} does not beat {' and '.join(ahead)} on loss."
+        ]
+    return [
+        f"Controls, above the teacher: {listed}. {_subject(student)} beats {'each' if len(controls) > 1 else 'it'}."
+    ]
+
+
+def _subject(result: ModelResult, inside: bool = False) -> str:
+    """How a sentence calls a model: by its name, unless that is only its role."""
+    return result.name if result.name != result.role else f"{'the' if inside else 'The'} {result.role}"
 
 
 def _away(distance: float) -> str:

@@ -1,0 +1,144 @@
+"""Speed and memory as a user of `generate` feels them: time to the first token, decoding rate, peak memory."""
+
+import gc
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from t2r_evals.schema import SpeedPoint
+
+logger = logging.getLogger(__name__)
+
+
+def measure_speed(
+    model: Any,
+    contexts: Sequence[int],
+    *,
+    decode_tokens: int = 32,
+    largest_batch: int = 1,
+    repeats: int = 3,
+    seed: int = 0,
+) -> list[SpeedPoint]:
+    """Prefill and decoding at each context length, with batch 1 and the largest batch that fits.
+
+    The prompt is random tokens: the arithmetic does not depend on what they say. Every figure is the fastest of
+    `repeats` after one warm-up, greedy decoding by `model.generate`, its overhead included.
+
+    Args:
+        contexts: prompt lengths in tokens.
+        decode_tokens: tokens that the decoding rate is measured over.
+        largest_batch: on a GPU, batches are doubled up to this as long as they fit; 1 measures batch 1 alone.
+    """
+    points = []
+    progress = tqdm(contexts, desc="speed", unit="context", leave=False, disable=None)
+    for context in progress:
+        batch = 1
+        best: SpeedPoint | None = None
+        while batch <= largest_batch:
+            try:
+                point = _measure(model, context, batch, decode_tokens, repeats, seed)
+            except torch.OutOfMemoryError:
+                logger.warning("context %d, batch %d does not fit into the device's memory", context, batch)
+                break
+            finally:
+                _empty(model)
+            if batch == 1:
+                points.append(point)
+            best = point
+            batch *= 2
+        if best is not None and best.batch > 1:
+            points.append(best)
+    progress.close()
+    return points
+
+
+def _measure(model: Any, context: int, batch: int, decode_tokens: int, repeats: int, seed: int) -> SpeedPoint:
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(model.device)
+    on_gpu = model.device.type == "cuda"
+    _generate(model, prompt, 2)
+    _empty(model)
+    resting = torch.cuda.memory_allocated(model.device) if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    first, decode, cache = [], [], 0
+    for _ in range(repeats):
+        times, cache = _generate(model, prompt, 1 + decode_tokens)
+        first.append(times[0])
+        decode.append(times[-1] - times[0])
+    peak = torch.cuda.max_memory_allocated(model.device) - resting if on_gpu else None
+    return SpeedPoint(
+        context=context,
+        batch=batch,
+        prefill_tokens_per_second=batch * context / min(first),
+        decode_tokens_per_second=batch * decode_tokens / min(decode),
+        first_token_seconds=min(first),
+        peak_bytes=peak,
+        state_bytes=cache,
+    )
+
+
+def _generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[float], int]:
+    """Seconds from the call to each of exactly `tokens` new tokens, and the bytes of the cache afterwards."""
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    times: list[float] = []
+
+    def note_time(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        _wait(model)
+        times.append(time.perf_counter() - start)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    config = GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        use_cache=True,
+        return_dict_in_generate=True,
+    )
+    _wait(model)
+    start = time.perf_counter()
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([note_time]),
+    )
+    assert len(times) == tokens, "generate stopped early"
+    return times, cache_bytes(output.past_key_values)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys, values or states that a transformers cache holds, whatever its layers are (its counters,
+    integer tensors of a few bytes, left out)."""
+    seen: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            seen[id(value)] = value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+
+    for layer in cache.layers:
+        visit(vars(layer))
+    return sum(seen.values())
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _empty(model: Any) -> None:
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,69 @@
+"""Evaluation of a real student: the shipped teacher, converted. Batching must not change what tasks say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t2r_evals import EvaluationOptions, evaluate, harness
+from t2r_evals.suites import TaskSpec
+
+TEXT = "The door opened, and the old man looked at the letter upon the table for a long time before he spoke. "
+
+
+@pytest.fixture(scope="module")
+def student(embedded_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The student with its gates moved off their start, so that the recurrence matters, and the tokenizer."""
+    from t2r.convert import convert
+    from t2r.model import load, parse_options
+
+    folder = tmp_path_factory.mktemp("student") / "gsa"
+    convert(str(embedded_teacher), folder, mixers=[parse_options({"name": "gsa", "slots": 32})], dtype="float32")
+    model, tokenizer = load(folder, dtype=torch.float32, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate_proj" in name or "clock" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model, tokenizer
+
+
+def test_scoring_and_generation_with_batch_one_and_four_agree(student: Any, shared: Path) -> None:
+    specs = [
+        TaskSpec("arc_easy", "acc", 1),
+        TaskSpec("squad_completion", "contains", 0, (("until", ["\n"]), ("max_gen_toks", 12))),
+    ]
+    settings: dict[str, Any] = {"limit": 6, "max_length": 512, "tasks_root": None, "seed": 0, "folder": None}
+    one, four = (
+        harness.run_tasks(*student, specs, batch_size=size, offline_root=shared / "hub", **settings) for size in (1, 4)
+    )
+    assert [(r["task"], r["document"], r["metric"], r["value"], r["response"]) for r in one[1]] == [
+        (r["task"], r["document"], r["metric"], r["value"], r["response"]) for r in four[1]
+    ]
+    assert any(row["response"].strip() for row in one[1] if row["task"] == "squad_completion")
+
+
+def test_language_with_batch_one_and_four_agree(student: Any) -> None:
+    documents = [TEXT * 20, TEXT[::-1] * 10]
+    results = [
+        evaluate(
+            *student,
+            name="student",
+            role="student",
+            documents=documents,
+            options=EvaluationOptions(windows=5, window=96, batch_size=size),
+        ).language
+        for size in (1, 4)
+    ]
+    assert results[0] is not None
+    assert results[1] is not None
+    assert results[1].window_losses == pytest.approx(results[0].window_losses, abs=2e-5)
+
+
+def test_state_does_not_grow_with_the_context(student: Any) -> None:
+    from t2r.model import describe
+    from t2r_evals.speed import measure_speed
+
+    points = measure_speed(student[0], [16, 200], decode_tokens=2, repeats=1)
+    assert {p.state_bytes for p in points} == {describe(student[0].config)["state_bytes"]}
