@@ -10,6 +10,7 @@ one carried state per sequence advances with one operation per step, whatever th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,24 +57,14 @@ class Blocks:
             size, batch, tokens, tuple(active.tolist()), order.to(device), source.to(device), place[:-1].to(device)
         )
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[B, T, H, *F] -> [blocks, H, C, *F], zeros where a block is longer than its sequence."""
-        if self.source is None:
-            steps = len(self.active)
-            missing = steps * self.size - self.tokens
-            if missing:
-                x = torch.cat([x, x.new_zeros(self.batch, missing, *x.shape[2:])], dim=1)
-            x = x.unflatten(1, (steps, self.size)).transpose(0, 1).flatten(0, 1)
-        else:
-            x = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])[self.source].unflatten(0, (-1, self.size))
-        return x.transpose(1, 2)
-
-    def scatter(self, x: Tensor) -> Tensor:
-        """[blocks, H, C, *F] -> [B, T, H, *F], the inverse of `gather`."""
-        x = x.transpose(1, 2)
-        if self.place is not None:
-            return x.flatten(0, 1)[self.place].unsqueeze(0)
-        return x.unflatten(0, (len(self.active), self.batch)).transpose(0, 1).flatten(1, 2)[:, : self.tokens]
+    def spans(self, limit: int) -> Iterator[Span]:
+        """The blocks in order, in runs of whole steps with at most `limit` blocks (or one step)."""
+        first = start = 0
+        for step in range(len(self.active)):
+            count = sum(self.active[first : step + 1])
+            if step + 1 == len(self.active) or count + self.active[step + 1] > limit:
+                yield Span(self, first, step + 1, start, start + count)
+                first, start = step + 1, start + count
 
     def sort(self, state: Tensor) -> Tensor:
         """States [N, ...] in the order of the blocks."""
@@ -84,79 +75,109 @@ class Blocks:
         return state if self.order is None else state[torch.argsort(self.order)]
 
 
-class _Decays(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, alpha: Tensor, write: Tensor) -> Tensor:  # type: ignore[override]
-        size = alpha.shape[1]
-        out = alpha.new_zeros(alpha.shape[0], size, size + 1, alpha.shape[2])
-        out[:, 0, 0] = alpha[:, 0]
-        out[:, 0, 1] = write[:, 0]
-        for t in range(1, size):
-            torch.mul(out[:, t - 1, : t + 1], alpha[:, t, None], out=out[:, t, : t + 1])
-            out[:, t, t + 1] = write[:, t]
-        ctx.save_for_backward(alpha, out)
-        return out
+@dataclass(frozen=True)
+class Span:
+    """The blocks of the steps first ... last - 1, which are number start ... stop - 1."""
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        alpha, out = ctx.saved_tensors
-        d_alpha, d_write = torch.empty_like(alpha), torch.empty_like(alpha)
-        size = alpha.shape[1]
-        total = grad[:, size - 1]
-        for t in range(size - 1, 0, -1):
-            d_write[:, t] = total[:, t + 1]
-            total = total[:, : t + 1]
-            torch.sum(total * out[:, t - 1, : t + 1], 1, out=d_alpha[:, t])
-            total = torch.addcmul(grad[:, t - 1, : t + 1], total, alpha[:, t, None])
-        d_write[:, 0] = total[:, 1]
-        d_alpha[:, 0] = total[:, 0]
-        return d_alpha, d_write
+    of: Blocks
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """How many sequences are active in each step."""
+        return self.of.active[self.first : self.last]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, T, H, *F] -> [X, C, *F] with X = blocks * H, zeros where a block is longer than its sequence."""
+        size = self.of.size
+        if self.of.source is None:
+            x = x[:, self.first * size : self.last * size]
+            missing = (self.last - self.first) * size - x.shape[1]
+            if missing:
+                x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
+            return x.unflatten(1, (-1, size)).transpose(0, 1).transpose(2, 3).flatten(0, 2).contiguous()
+        source = self.of.source[self.start * size : self.stop * size]
+        x = x[0].index_select(0, source.clamp(max=self.of.tokens - 1))
+        x[source == self.of.tokens] = 0
+        return x.unflatten(0, (-1, size)).transpose(1, 2).flatten(0, 1).contiguous()
+
+    def scatter(self, x: Tensor, out: Tensor) -> None:
+        """The inverse of `gather` into `out` [B, T, H, *F]."""
+        size, heads = self.of.size, out.shape[2]
+        if self.of.source is None:
+            out = out[:, self.first * size : self.last * size]
+            x = x.unflatten(0, (self.last - self.first, -1, heads)).permute(1, 0, 3, 2, *range(4, x.dim() + 2))
+            out.copy_(x.flatten(1, 2)[:, : out.shape[1]])
+        else:
+            source = self.of.source[self.start * size : self.stop * size]
+            there = source < self.of.tokens
+            out[0, source[there]] = x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(0, 1)[there]
 
 
-def decays(alpha: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
-    """What each token of a block, and the state before it, weigh at each later token.
+def decays(alpha: Tensor, write: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the state before a block, and each token of it, weigh at each token of the block.
 
     alpha, write [X, C, R] -> since_start [X, C, R], since_token [X, C, C, R]:
     since_start[t] = alpha_0 ... alpha_t;  since_token[t, i] = write_i alpha_{i+1} ... alpha_t for i <= t, else 0.
+    since_token is written into `out` where that is given, which must be zero for i > t.
     """
-    both = _Decays.apply(alpha, write)
-    return both[:, :, 0], both[:, :, 1:]
+    x, size, width = alpha.shape
+    since_start = torch.empty_like(alpha)
+    since_token = alpha.new_zeros(x, size, size, width) if out is None else out
+    since_start[:, 0] = alpha[:, 0]
+    since_token.diagonal(dim1=1, dim2=2).copy_(write.mT)
+    for t in range(1, size):
+        torch.mul(since_start[:, t - 1], alpha[:, t], out=since_start[:, t])
+        torch.mul(since_token[:, t - 1, :t], alpha[:, t, None], out=since_token[:, t, :t])
+    return since_start, since_token
 
 
-class _Carry(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, initial: Tensor, decay: Tensor, update: Tensor, active: tuple[int, ...]):  # type: ignore[override]
-        state, entry = initial.clone(), torch.empty_like(update)
-        start = 0
-        for n in active:
-            here = slice(start, start + n)
-            entry[here] = state[:n]
-            torch.addcmul(update[here], decay[here], state[:n], out=state[:n])
-            start += n
-        ctx.save_for_backward(decay, entry)
-        ctx.active = active
-        return entry, state
+def decays_backward(
+    alpha: Tensor, since_start: Tensor, since_token: Tensor, d_start: Tensor, d_token: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `decays` for alpha and write; d_start and d_token are overwritten.
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_entry: Tensor, d_final: Tensor):  # type: ignore[override]
-        decay, entry = ctx.saved_tensors
-        d_state, d_update = d_final.clone(), torch.empty_like(entry)
-        start = entry.shape[0]
-        for n in reversed(ctx.active):
-            start -= n
-            here = slice(start, start + n)
-            d_update[here] = d_state[:n]
-            torch.addcmul(d_entry[here], decay[here], d_state[:n], out=d_state[:n])
-        d_decay = (d_update * entry).sum(-1, keepdim=True)
-        return d_state, d_decay, d_update, None
-
-
-def carry(initial: Tensor, decay: Tensor, update: Tensor, active: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """state <- decay * state + update, block after block.
-
-    initial [N, H, R, X], decay [blocks, H, R, 1], update [blocks, H, R, X] -> the state before each block
-    [blocks, H, R, X] and after the last one of each sequence [N, H, R, X].
+    What d_token holds for i > t is ignored.
     """
-    return _Carry.apply(initial, decay, update, active)
+    for t in range(alpha.shape[1] - 1, 0, -1):
+        d_start[:, t - 1].addcmul_(d_start[:, t], alpha[:, t])
+        d_token[:, t - 1, :t].addcmul_(d_token[:, t, :t], alpha[:, t, None])
+    d_write = d_token.diagonal(dim1=1, dim2=2).mT.contiguous()
+    d_alpha = torch.empty_like(alpha)
+    d_alpha[:, 0] = d_start[:, 0]
+    torch.sum(d_token[:, 1:].mul_(since_token[:, :-1]), 2, out=d_alpha[:, 1:])  # since_token is 0 where d_token is not
+    d_alpha[:, 1:].addcmul_(d_start[:, 1:], since_start[:, :-1])
+    return d_alpha, d_write
+
+
+def carry(state: Tensor, decay: Tensor, update: Tensor, active: tuple[int, ...]) -> Tensor:
+    """state <- decay * state + update, block after block; `state` [N, H, R, X] is overwritten with the last ones.
+
+    decay [blocks, H, R, 1], update [blocks, H, R, X] -> the state before each block [blocks, H, R, X].
+    """
+    entry = torch.empty_like(update)
+    start = 0
+    for n in active:
+        here = slice(start, start + n)
+        entry[here] = state[:n]
+        torch.addcmul(update[here], decay[here], state[:n], out=state[:n])
+        start += n
+    return entry
+
+
+def carry_backward(d_state: Tensor, decay: Tensor, d_entry: Tensor, active: tuple[int, ...]) -> Tensor:
+    """The gradient of `carry` for update; `d_state`, of the last states, is overwritten with that of the first ones.
+
+    The gradient for decay is (d_update * entry).sum(-1).
+    """
+    d_update = torch.empty_like(d_entry)
+    start = d_entry.shape[0]
+    for n in reversed(active):
+        start -= n
+        here = slice(start, start + n)
+        d_update[here] = d_state[:n]
+        torch.addcmul(d_entry[here], decay[here], d_state[:n], out=d_state[:n])
+    return d_update

@@ -94,6 +94,17 @@ def gsa_inputs(
     return inputs | {name: inputs[name].to(at_least_float32) for name in ("K", "V")}
 
 
+def some_visible(kind: str, seed: int, tokens: int, documents: tuple[int, ...] | None, slots: int) -> Tensor:
+    """visible [B, T] for `gsa`: "random" in [1, M], or "written" = min(t + 1, M), t counted within each document."""
+    batch, lengths = (2, (tokens,)) if documents is None else (1, documents)
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(1, slots + 1, (batch, sum(lengths)), generator=generator, dtype=torch.int32)
+    assert kind == "written", kind
+    written = torch.cat([torch.arange(1, n + 1) for n in lengths]).clamp(max=slots)
+    return written.to(torch.int32).expand(batch, -1)
+
+
 def reference(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same numbers in float64."""
     return {name: x.detach().double() for name, x in inputs.items()}
@@ -119,13 +130,11 @@ def run(call: Callable[..., dict[str, Tensor]], inputs: dict[str, Tensor], seed:
 
 def gsa_call(op: Callable[..., Any], documents: tuple[int, ...] | None, **options: Any) -> Callable[..., dict]:
     """`gsa` with both states as a function for `run`."""
-    cu_seqlens = bounds(documents)
+    options |= {"cu_seqlens": bounds(documents), "output_final_state": True}
 
     def call(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, K: Tensor, V: Tensor) -> dict[str, Tensor]:
-        where = None if cu_seqlens is None else cu_seqlens.to(q.device)
-        o, (final_k, final_v) = op(
-            q, k, v, log_alpha, initial_state=(K, V), output_final_state=True, cu_seqlens=where, **options
-        )
+        here = {name: x.to(q.device) if isinstance(x, Tensor) else x for name, x in options.items()}
+        o, (final_k, final_v) = op(q, k, v, log_alpha, initial_state=(K, V), **here)
         return {"o": o, "final K": final_k, "final V": final_v}
 
     return call

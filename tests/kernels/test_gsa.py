@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from t2r_kernels import gsa, gsa_step
+from t2r_kernels.gsa import chunk
 
-from .cases import DOCUMENTS, GATES, LENGTHS, LONG, bounds, compare, gsa_call, gsa_inputs, reference, run
+from .cases import DOCUMENTS, GATES, LENGTHS, LONG, bounds, compare, gsa_call, gsa_inputs, reference, run, some_visible
 
 FLOAT32 = 2e-5
 
@@ -31,11 +32,12 @@ def test_a_ring_of_slots_is_sliding_window_attention(backend, seed):
     torch.manual_seed(seed)
     tokens, window = 50, 7
     q, k, v = (torch.randn(1, tokens, 1, 8, dtype=torch.float64) for _ in range(3))
-    o, _ = gsa(q, k, v, ring(tokens, window, torch.float64), backend=backend)
+    written = torch.arange(1, tokens + 1, dtype=torch.int32).clamp(max=window)[None]
+    o, _ = gsa(q, k, v, ring(tokens, window, torch.float64), visible=written, backend=backend)
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     want = scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < window)).transpose(1, 2)
-    torch.testing.assert_close(o[:, window:], want[:, window:], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(o, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -55,6 +57,21 @@ def test_matches_the_definition_on_long_sequences(tokens, gate, seed):
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_packed_documents_match_the_definition(documents, gate, seed):
     check(gsa_inputs(gate, seed, documents=documents), seed, documents)
+
+
+@pytest.mark.parametrize("gate", ["mild", "clock"])
+@pytest.mark.parametrize("kind", ["random", "written"])
+@pytest.mark.parametrize("documents", [None, (1, 0, 20, 30)])
+def test_hidden_slots_match_the_definition(documents, kind, gate, seed):
+    inputs = gsa_inputs(gate, seed, tokens=37, documents=documents)
+    check(inputs, seed, documents, visible=some_visible(kind, seed, 37, documents, slots=5))
+
+
+@pytest.mark.parametrize("documents", [None, *DOCUMENTS.values()])
+def test_many_spans_are_one(documents, seed, monkeypatch):
+    monkeypatch.setattr(chunk, "SPAN_BYTES", 1)  # one step at a time
+    inputs = gsa_inputs("mild", seed, tokens=75, documents=documents)
+    check(inputs, seed, documents, visible=some_visible("random", seed, 75, documents, slots=5))
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
@@ -105,16 +122,18 @@ def test_a_sequence_in_pieces_is_the_whole_with_every_gradient(gate, seed):
     compare(run(pieces, inputs, seed), want, FLOAT32)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("gate", GATES)
-def test_steps_after_a_prefill_are_the_whole_and_update_the_state_in_place(gate, seed):
+def test_steps_after_a_prefill_are_the_whole_and_update_the_state_in_place(gate, hidden, seed):
     inputs = gsa_inputs(gate, seed, tokens=40)
-    want, final = gsa(**_without_state(reference(inputs)), output_final_state=True, backend="naive")
-    x = _without_state(inputs)
+    visible = {"visible": some_visible("random", seed, 40, None, slots=5)} if hidden else {}
+    want, final = gsa(**_without_state(reference(inputs)), **visible, output_final_state=True, backend="naive")
+    x = _without_state(inputs) | visible
     prefill = 1 + seed % 38
     o, state = gsa(**{n: y[:, :prefill] for n, y in x.items()}, output_final_state=True)
     outputs, addresses = [o], [s.data_ptr() for s in state]
     for t in range(prefill, 40):
-        outputs.append(gsa_step(*(y[:, t] for y in x.values()), state)[:, None])
+        outputs.append(gsa_step(**{n: y[:, t] for n, y in x.items()}, state=state)[:, None])
     assert addresses == [s.data_ptr() for s in state]
     got = {"o": torch.cat(outputs, 1), "final K": state[0], "final V": state[1]}
     compare(got, {"o": want, "final K": final[0], "final V": final[1]}, FLOAT32)
@@ -182,6 +201,8 @@ def _valid():
             "gsa: state V has shape (2, 2, 5, 8), must be [N, H, M, V] = [2, 2, 5, 12]",
         ),
         ({"cu_seqlens": torch.tensor([0, 5]).int()}, "gsa: k has batch 2, must be 1 with cu_seqlens"),
+        ({"visible": torch.ones(2, 4).int()}, "gsa: visible has shape (2, 4), must be [B, T] = [2, 5]"),
+        ({"visible": torch.ones(2, 5)}, "gsa: visible is torch.float32 on cpu, must be int32 on cpu like k"),
         ({"backend": "cuda"}, "gsa: backend='cuda' is not one of auto, naive, torch, triton"),
     ],
 )

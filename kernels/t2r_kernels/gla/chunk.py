@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..blocks import Blocks, carry, decays
+from ..blocks import Blocks, carry, carry_backward, decays, decays_backward
 
 BLOCK = 16
 BLOCK_SCALAR = 64  # C * C decays per head are nothing beside C * C * D
@@ -34,8 +34,10 @@ def gla_chunk(
     size = BLOCK if by_row else BLOCK_SCALAR
     blocks = Blocks.cut(k, cu_seqlens, size)
 
+    (span,) = blocks.spans(sum(blocks.active))
+
     def cut(x: Tensor, *shape: int) -> Tensor:
-        return blocks.gather(x).to(dtype).flatten(0, 1).reshape(-1, *shape)
+        return span.gather(x).to(dtype).reshape(-1, *shape)
 
     group = q.shape[2] // heads
     qb = cut(q.unflatten(2, (heads, -1)), size * group, dim) * scale
@@ -53,14 +55,14 @@ def gla_chunk(
 
     # what the gated side weighs at later tokens, itself included where the gate has its rows
     gated = {"key": kb, "value": vb}.get(str(gate), torch.ones_like(alpha))
-    since_start, since_token = decays(alpha, gated)
+    since_start, since_token = _Decays.apply(alpha, gated)
     start, to_end = since_start.unsqueeze(2), since_token[:, -1]
     decay = since_start[:, -1].reshape(-1, heads, width, 1)
     if gate == "value":
         initial, update = initial.mT, to_end.mT @ kb
     else:
         update = (to_end if gate == "key" else to_end * kb).mT @ vb
-    entry, final = carry(initial, decay, update.unflatten(0, (-1, heads)), blocks.active)
+    entry, final = _Carry.apply(initial, decay, update.unflatten(0, (-1, heads)), blocks.active)
     entry = entry.flatten(0, 1)
 
     q_per_token = qb.view(x * size, group, dim)
@@ -77,5 +79,38 @@ def gla_chunk(
         outer = (qb @ entry).unflatten(1, (size, group)) * start
         o = torch.baddbmm(outer.flatten(1, 2), scores.flatten(1, 2), vb)
 
-    o = blocks.scatter(o.view(-1, heads, size, group, dim_v)).flatten(2, 3).to(q.dtype)
-    return o, blocks.unsort(final) if output_final_state else None
+    out = o.new_empty(*q.shape[:2], heads, group, dim_v)
+    span.scatter(o.view(x, size, group, dim_v), out)
+    return out.flatten(2, 3).to(q.dtype), blocks.unsort(final) if output_final_state else None
+
+
+class _Decays(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, alpha: Tensor, write: Tensor):  # type: ignore[override]
+        since_start, since_token = decays(alpha, write)
+        ctx.save_for_backward(alpha, since_start, since_token)
+        return since_start, since_token
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_start: Tensor, d_token: Tensor):  # type: ignore[override]
+        alpha, since_start, since_token = ctx.saved_tensors
+        return decays_backward(alpha, since_start, since_token, d_start.clone(), d_token.clone())
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, initial: Tensor, decay: Tensor, update: Tensor, active: tuple[int, ...]):  # type: ignore[override]
+        state = initial.clone()
+        entry = carry(state, decay, update, active)
+        ctx.save_for_backward(decay, entry)
+        ctx.active = active
+        return entry, state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_entry: Tensor, d_final: Tensor):  # type: ignore[override]
+        decay, entry = ctx.saved_tensors
+        d_state = d_final.clone()
+        d_update = carry_backward(d_state, decay, d_entry, ctx.active)
+        return d_state, (d_update * entry).sum(-1, keepdim=True), d_update, None

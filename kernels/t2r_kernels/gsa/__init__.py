@@ -20,6 +20,7 @@ def gsa(
     initial_state: State | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    visible: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, State | None]:
     """Gated Slot Attention (Zhang et al., arXiv 2409.07146), causal, with M slots per key/value head:
@@ -36,6 +37,8 @@ def gsa(
         output_final_state: also return the states after the last token, shaped alike.
         cu_seqlens: int32 [N + 1], where each of N documents packed into one row (B = 1) starts and ends; documents may
             be empty and see nothing of each other.
+        visible: integers [B, T] in [1, M], not checked: token t reads only the slots m < visible[t]; all by default.
+            For slots that nothing was written to yet, which would draw the softmax towards their zeros.
         backend: "auto" (triton on a GPU, torch elsewhere), "naive", "torch" or "triton".
 
     Returns:
@@ -43,16 +46,17 @@ def gsa(
         flow to q, k, v, log_alpha and the initial states, from o and the final states.
 
     Raises:
-        ValueError: shapes, devices or cu_seqlens that do not fit, or a backend that cannot run here.
+        ValueError: shapes, dtypes, devices or cu_seqlens that do not fit, or a backend that cannot run here.
     """
     dispatch.check_sequences("gsa", q, k, v)
     sequences = dispatch.count_sequences("gsa", k, cu_seqlens)
     dispatch.check_shape("gsa", "log_alpha", log_alpha, (*k.shape[:3], None), "[B, T, H, M]")
     _check_state("gsa", initial_state, sequences, q, k, v, log_alpha)
+    _check_visible("gsa", visible, k)
     chosen = dispatch.choose("gsa", backend, (q, k, v, log_alpha))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     run = {"naive": gsa_naive, "torch": gsa_chunk, "triton": _gsa_triton}[chosen]
-    return run(q, k, v, log_alpha, scale, initial_state, output_final_state, cu_seqlens)
+    return run(q, k, v, log_alpha, scale, initial_state, output_final_state, cu_seqlens, visible)
 
 
 @torch.no_grad()
@@ -64,6 +68,7 @@ def gsa_step(
     state: State,
     *,
     scale: float | None = None,
+    visible: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One token of `gsa` in decoding; the state is updated in place and no gradient is recorded.
@@ -75,6 +80,7 @@ def gsa_step(
         log_alpha: [B, H, M].
         state: K [B, H, M, D] and V [B, H, M, V], float32, as `gsa` returns them.
         scale: of the scores; D ** -0.5 by default.
+        visible: integers [B], as in `gsa`.
         backend: as in `gsa`; "naive" and "torch" are the same here.
 
     Returns:
@@ -91,12 +97,13 @@ def gsa_step(
     dispatch.check_shape("gsa_step", "log_alpha", log_alpha, (batch, heads, None), "[B, H, M]")
     dispatch.check_group("gsa_step", q.shape[1], heads)
     _check_state("gsa_step", state, batch, q, k, v, log_alpha)
+    _check_visible("gsa_step", visible, k)
     scale = dim**-0.5 if scale is None else scale
     if dispatch.choose("gsa", backend, (q, k, v, log_alpha, *state)) == "triton":
         from .triton import gsa_step_triton
 
-        return gsa_step_triton(q, k, v, log_alpha, state, scale)
-    return gsa_step_torch(q, k, v, log_alpha, state, scale)
+        return gsa_step_triton(q, k, v, log_alpha, state, scale, visible)
+    return gsa_step_torch(q, k, v, log_alpha, state, scale, visible)
 
 
 def _gsa_triton(*args):
@@ -115,6 +122,14 @@ def _check_state(
         heads, slots = k.shape[-2], log_alpha.shape[-1]
         dispatch.check_shape(op, "state K", state_k, (sequences, heads, slots, k.shape[-1]), "[N, H, M, D]")
         dispatch.check_shape(op, "state V", state_v, (sequences, heads, slots, v.shape[-1]), "[N, H, M, V]")
+
+
+def _check_visible(op: str, visible: Tensor | None, k: Tensor) -> None:
+    if visible is None:
+        return
+    dispatch.check_shape(op, "visible", visible, tuple(k.shape[:-2]), "[B, T]" if k.dim() == 4 else "[B]")
+    if visible.dtype not in (torch.int32, torch.int64) or visible.device != k.device:
+        raise ValueError(f"{op}: visible is {visible.dtype} on {visible.device}, must be int32 on {k.device} like k")
 
 
 __all__ = ["gsa", "gsa_step"]

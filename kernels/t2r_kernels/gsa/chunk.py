@@ -6,19 +6,26 @@ With w = 1 - alpha and E[t, i] = alpha_{i+1} ... alpha_t (per slot), a block tha
     p_t = softmax(scale * s_t)
     o_t = V^T (E[t, start] * p_t) + sum_{i <= t} (sum_m p_t E[t, i] w_i) v_i    key-side gated linear attention
 
-The weights E[t, i] w_i are computed once and serve both sums and both state updates. The query heads of a group are
-rows of the matrices they multiply with; k, v and the states are never repeated.
+The weights E[t, i] w_i are computed once and serve both sums and the update of the states, which are kept as one matrix
+[M, D + V]. The query heads of a group are rows of the matrices they multiply with; k, v and the states are never
+repeated. Only the inputs and a few states are kept for the backward, which computes the rest again, and both work on a
+span of blocks at a time so that intermediates stay in a CPU's cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..blocks import Blocks, carry, decays
+from ..blocks import Blocks, Span, carry, carry_backward, decays, decays_backward
 from .naive import State, zero_state
 
 BLOCK = 16
+SPAN_BYTES = 2 << 20  # of the weights of one span: what a CPU's cache holds
+SPAN_BYTES_GPU = 256 << 20  # few launches, bounded memory
 
 
 def gsa_chunk(
@@ -30,48 +37,149 @@ def gsa_chunk(
     initial_state: State | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
+    visible: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """Shapes as in `t2r_kernels.gsa`. Computes in float32, or in float64 when q is float64."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    heads, dim_k, dim_v, slots = k.shape[2], k.shape[3], v.shape[3], log_alpha.shape[3]
+    dtype, heads, dim_k = torch.promote_types(q.dtype, torch.float32), k.shape[2], k.shape[3]
     blocks = Blocks.cut(k, cu_seqlens, BLOCK)
-    qb, kb, vb, log_alpha_b = (
-        blocks.gather(x).to(dtype) for x in (q.unflatten(2, (heads, -1)), k, v, log_alpha)
-    )  # [blocks, H, C, (G,) ...]
-    count, _, _, group, _ = qb.shape
-    x = count * heads
-    qb, kb, vb, log_alpha_b = (
-        qb.reshape(x, BLOCK * group, dim_k),
-        kb.reshape(x, BLOCK, dim_k),
-        vb.reshape(x, BLOCK, dim_v),
-        log_alpha_b.reshape(x, BLOCK, slots),
-    )
-    since_start, since_token = decays(log_alpha_b.exp(), -torch.expm1(log_alpha_b))
-
     if initial_state is None:
-        sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        initial_state = zero_state(k, v, log_alpha, sequences)
-    to_end = since_token[:, -1].mT  # [X, M, C]
-    decay = since_start[:, -1].reshape(count, heads, slots, 1)
-    entry, final = zip(
-        *(
-            carry(blocks.sort(s.to(dtype)), decay, (to_end @ y).unflatten(0, (count, heads)), blocks.active)
-            for s, y in zip(initial_state, (kb, vb), strict=True)
-        ),
-        strict=True,
-    )
-    entry_k, entry_v = (e.flatten(0, 1) for e in entry)
+        initial_state = zero_state(k, v, log_alpha, k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
+    state = torch.cat([s.to(dtype) for s in initial_state], -1)
+    kv = torch.cat([k.to(dtype), v.to(dtype)], -1)
+    q_group = q.unflatten(2, (heads, -1)).to(dtype)
+    o, final = _Chunked.apply(q_group, kv, log_alpha.to(dtype), state, visible, scale, blocks)
+    o = o.flatten(2, 3).to(q.dtype)
+    return o, (final[..., :dim_k].contiguous(), final[..., dim_k:].contiguous()) if output_final_state else None
 
-    per_token = since_token.flatten(0, 1)  # [X * C, C, M]: each token has its own weights
-    start = since_start.unsqueeze(2)
-    scores = (qb @ entry_k.mT).unflatten(1, (BLOCK, group)) * start
-    inner = (qb @ kb.mT).view(x * BLOCK, group, BLOCK)
-    p = torch.baddbmm(scores.flatten(0, 1), inner, per_token).mul(scale).softmax(-1)
-    outer = (p.view(x, BLOCK, group, slots) * start).flatten(1, 2)
-    o = torch.baddbmm(outer @ entry_v, (p @ per_token.mT).view(x, BLOCK * group, BLOCK), vb)
 
-    o = blocks.scatter(o.view(count, heads, BLOCK, group, dim_v)).flatten(2, 3).to(q.dtype)
-    if not output_final_state:
-        return o, None
-    final_k, final_v = (blocks.unsort(s) for s in final)
-    return o, (final_k, final_v)
+def _spans(blocks: Blocks, log_alpha: Tensor) -> Iterator[tuple[Span, Tensor]]:
+    """The spans, each with the same memory for its weights [X, C, C, M], zero where `decays` asks for it."""
+    heads, slots = log_alpha.shape[-2:]
+    per_block = heads * blocks.size * blocks.size * slots
+    limit = (SPAN_BYTES if log_alpha.device.type == "cpu" else SPAN_BYTES_GPU) // (per_block * log_alpha.element_size())
+    spans = list(blocks.spans(limit))
+    weights = log_alpha.new_zeros(max(s.stop - s.start for s in spans) * heads, blocks.size, blocks.size, slots)
+    for span in spans:
+        yield span, weights[: (span.stop - span.start) * heads]
+
+
+class _Within(NamedTuple):
+    """What the forward of one span computes and its backward needs; X = blocks * H, rows are tokens * query heads."""
+
+    alpha: Tensor  # [X, C, M]
+    since_start: Tensor  # [X, C, M]
+    since_token: Tensor  # [X, C, C, M]
+    entry: Tensor  # [X, M, D + V]
+    seen: Tensor  # [X, C * G, M], the scores of the states
+    inner: Tensor  # [X * C, G, C], the scores of the tokens
+    p: Tensor  # [X * C, G, M]
+
+
+def _within(
+    span: Span,
+    weights: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    log_alpha: Tensor,
+    visible: Tensor | None,
+    state: Tensor,
+    scale: float,
+) -> _Within:
+    """q [X, C * G, D], kv [X, C, D + V], log_alpha [B, T, H, M], visible [B, T]; `state` [N, H, M, D + V] advances."""
+    log_alpha = span.gather(log_alpha)
+    x, size, slots = log_alpha.shape
+    heads, dim_k = state.shape[1], q.shape[-1]
+    alpha = log_alpha.exp()
+    since_start, since_token = decays(alpha, torch.expm1(log_alpha).neg_(), out=weights)
+    update = (since_token[:, -1].mT @ kv).unflatten(0, (-1, heads))
+    entry = carry(state, since_start[:, -1].reshape(-1, heads, slots, 1), update, span.active).flatten(0, 1)
+    seen = q @ entry[..., :dim_k].mT
+    inner = (q @ kv[..., :dim_k].mT).view(x * size, -1, size)
+    scores = (seen.view(x, size, -1, slots) * since_start[:, :, None]).view(x * size, -1, slots)
+    scores.baddbmm_(inner, since_token.flatten(0, 1)).mul_(scale)
+    if visible is not None:
+        first_hidden = span.gather(visible[:, :, None].expand(-1, -1, heads)).clamp(min=1).view(x * size, 1, 1)
+        scores.masked_fill_(torch.arange(slots, device=scores.device) >= first_hidden, -torch.inf)
+    return _Within(alpha, since_start, since_token, entry, seen, inner, scores.softmax(-1))
+
+
+def _output(within: _Within, v: Tensor) -> Tensor:
+    """[X, C * G, V] of v [X, C, V]."""
+    x, size, slots = within.alpha.shape
+    p = within.p
+    outer = (p.view(x, size, -1, slots) * within.since_start[:, :, None]).view(x, -1, slots)
+    inner = (p @ within.since_token.flatten(0, 1).mT).view(x, -1, size)
+    return torch.baddbmm(outer @ within.entry[..., -v.shape[-1] :], inner, v)
+
+
+def _backward(
+    span: Span, within: _Within, q: Tensor, kv: Tensor, d_o: Tensor, d_state: Tensor, scale: float, d_token: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d q, d kv and d log_alpha of one span; `d_state` goes from its end to its start; `d_token` is memory to use.
+
+    Tensors that end in _rows are [X, C, G, M], views of others.
+    """
+    alpha, since_start, since_token, entry, seen, inner, p = within
+    (x, size, slots), dim_k, heads = alpha.shape, q.shape[-1], d_state.shape[1]
+    (k, v), (entry_k, entry_v) = (y.split([dim_k, y.shape[-1] - dim_k], -1) for y in (kv, entry))
+    since, weights, p_rows = since_start[:, :, None], since_token.flatten(0, 1), p.view(x, size, -1, slots)
+
+    d_inner_p = (d_o @ v.mT).view(x * size, -1, size)
+    d_outer_rows = (d_o @ entry_v.mT).view_as(p_rows)
+    d_p = (d_outer_rows * since).view_as(p).baddbmm_(d_inner_p, weights)
+    d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype).mul_(scale)
+    d_s_rows = d_s.view_as(p_rows)
+    d_seen, outer = ((y * since).view(x, -1, slots) for y in (d_s_rows, p_rows))
+    d_inner, inner_p = ((y @ weights.mT).view(x, -1, size) for y in (d_s, p))
+
+    decay = since_start[:, -1].reshape(-1, heads, slots, 1)
+    d_entry = torch.cat([d_seen.mT @ q, outer.mT @ d_o], -1).unflatten(0, (-1, heads))
+    d_update = carry_backward(d_state, decay, d_entry, span.active).flatten(0, 1)
+
+    d_q = torch.baddbmm(d_seen @ entry_k, d_inner, k)
+    d_kv = torch.cat([d_inner.mT @ q, inner_p.mT @ d_o], -1).baddbmm_(since_token[:, -1], d_update)
+
+    torch.bmm(inner.mT, d_s, out=d_token.flatten(0, 1)).baddbmm_(d_inner_p.mT, p)
+    d_token[:, -1] += kv @ d_update.mT
+    d_start = d_s_rows.mul_(seen.view_as(p_rows)).addcmul_(d_outer_rows, p_rows).sum(2)
+    d_start[:, -1] += (d_update * entry).sum(-1)
+    d_alpha, d_write = decays_backward(alpha, since_start, since_token, d_start, d_token)
+    return d_q, d_kv, d_alpha.sub_(d_write).mul_(alpha)  # write = 1 - alpha
+
+
+class _Chunked(torch.autograd.Function):
+    """q [B, T, H, G, D], kv [B, T, H, D + V], log_alpha [B, T, H, M], state [N, H, M, D + V] -> o, final state."""
+
+    @staticmethod
+    def forward(ctx, q, kv, log_alpha, state, visible, scale, blocks):  # type: ignore[override]
+        o = q.new_empty(*q.shape[:4], kv.shape[-1] - q.shape[-1])
+        state, starts = blocks.sort(state).clone(), []
+        for span, weights in _spans(blocks, log_alpha):
+            starts.append(state.clone())
+            q_span, kv_span = span.gather(q).flatten(1, 2), span.gather(kv)
+            within = _within(span, weights, q_span, kv_span, log_alpha, visible, state, scale)
+            span.scatter(_output(within, kv_span[..., q.shape[-1] :]).unflatten(1, (blocks.size, -1)), o)
+        ctx.save_for_backward(q, kv, log_alpha, visible, *starts)
+        ctx.scale, ctx.blocks = scale, blocks
+        return o, blocks.unsort(state)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o, d_final):  # type: ignore[override]
+        q, kv, log_alpha, visible, *starts = ctx.saved_tensors
+        blocks, scale = ctx.blocks, ctx.scale
+        d_state = blocks.sort(d_final).clone()
+        d_q, d_kv, d_log_alpha = torch.empty_like(q), torch.empty_like(kv), torch.empty_like(log_alpha)
+        spans = list(_spans(blocks, log_alpha))
+        d_weights = torch.empty_like(max((weights for _, weights in spans), key=len))
+        for (span, weights), state in zip(reversed(spans), reversed(starts), strict=True):
+            q_span, kv_span, d_o_span = span.gather(q).flatten(1, 2), span.gather(kv), span.gather(d_o).flatten(1, 2)
+            # a copy of the state advances: a graph that is kept may be walked again
+            within = _within(span, weights, q_span, kv_span, log_alpha, visible, state.clone(), scale)
+            d_q_span, d_kv_span, d_log_alpha_span = _backward(
+                span, within, q_span, kv_span, d_o_span, d_state, scale, d_weights[: len(weights)]
+            )
+            span.scatter(d_q_span.unflatten(1, (blocks.size, -1)), d_q)
+            span.scatter(d_kv_span, d_kv)
+            span.scatter(d_log_alpha_span, d_log_alpha)
+        return d_q, d_kv, d_log_alpha, blocks.unsort(d_state), None, None, None

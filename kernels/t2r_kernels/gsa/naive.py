@@ -17,6 +17,14 @@ def zero_state(k: Tensor, v: Tensor, log_alpha: Tensor, sequences: int) -> State
     )
 
 
+def hide(scores: Tensor, visible: Tensor | None) -> Tensor:
+    """scores [B, H, G, M] with -inf for the slots from visible [B] on."""
+    if visible is None:
+        return scores
+    slots = torch.arange(scores.shape[-1], device=scores.device)
+    return scores.masked_fill(slots >= visible[:, None, None, None], -torch.inf)
+
+
 def gsa_naive(
     q: Tensor,
     k: Tensor,
@@ -26,6 +34,7 @@ def gsa_naive(
     initial_state: State | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
+    visible: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """Shapes as in `t2r_kernels.gsa`. Computes in float32, or in float64 when q is float64."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -49,7 +58,7 @@ def gsa_naive(
             write = -torch.expm1(log_alpha[:, t])[..., None]  # 1 - alpha, without its cancellation near alpha = 1
             state_k = alpha * state_k + write * k[:, t, :, None]
             state_v = alpha * state_v + write * v[:, t, :, None]
-            scores = scale * q[:, t] @ state_k.mT
+            scores = hide(scale * q[:, t] @ state_k.mT, None if visible is None else visible[:, t])
             outputs.append(scores.softmax(-1) @ state_v)
         final_k.append(state_k)
         final_v.append(state_v)
@@ -57,7 +66,9 @@ def gsa_naive(
     return o, (torch.cat(final_k), torch.cat(final_v)) if output_final_state else None
 
 
-def gsa_step_torch(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, state: State, scale: float) -> Tensor:
+def gsa_step_torch(
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, state: State, scale: float, visible: Tensor | None = None
+) -> Tensor:
     """One token of the recurrence; `state` is overwritten. Shapes as in `t2r_kernels.gsa_step`."""
     state_k, state_v = state
     dtype = state_k.dtype
@@ -65,5 +76,5 @@ def gsa_step_torch(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, state: St
     write = -torch.expm1(log_alpha.to(dtype))[..., None]
     state_k.mul_(alpha).addcmul_(write, k.to(dtype)[:, :, None])
     state_v.mul_(alpha).addcmul_(write, v.to(dtype)[:, :, None])
-    scores = scale * q.to(dtype).unflatten(1, (k.shape[1], -1)) @ state_k.mT
+    scores = hide(scale * q.to(dtype).unflatten(1, (k.shape[1], -1)) @ state_k.mT, visible)
     return (scores.softmax(-1) @ state_v).flatten(1, 2).to(q.dtype)
