@@ -1,14 +1,16 @@
 """One model in, one `ModelResult` out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
 from t2r_evals import harness, language
+from t2r_evals.components import measure_components
 from t2r_evals.errors import InputError
-from t2r_evals.schema import ModelResult, Record, Role, TaskResult
+from t2r_evals.schema import ComponentResult, ModelResult, Record, Role, TaskResult
 from t2r_evals.speed import measure_speed
 from t2r_evals.suites import resolve_tasks
 
@@ -61,6 +63,7 @@ def evaluate(
     state_bytes: int | None = None,
     kv_bytes_per_token: int | None = None,
     teacher: Any = None,
+    components: Mapping[str, Sequence[Any]] | None = None,
     folder: Path | None = None,
 ) -> ModelResult:
     """Measure one model.
@@ -73,6 +76,8 @@ def evaluate(
         options: what to measure.
         state_bytes, kv_bytes_per_token: memory of the model's cache, from whoever knows the model.
         teacher: second model on the same device; adds KL(teacher || model) and top-1 agreement per token.
+        components: of a hybrid, modules by component (say, its attention modules by mixer); each is switched off in
+            turn while the documents are read again.
         folder: where each finished task is kept, so that an interrupted evaluation continues task by task.
 
     Raises:
@@ -85,8 +90,10 @@ def evaluate(
     model.eval()
     try:
         spoken = None
+        parts: list[ComponentResult] = []
         if documents is not None:
-            spoken = language.measure(
+            read = partial(
+                language.measure,
                 model,
                 tokenizer,
                 documents,
@@ -95,8 +102,9 @@ def evaluate(
                 batch_size=options.batch_size,
                 far_repeat_gap=options.far_repeat_gap,
                 far_repeat_min_id=options.far_repeat_min_id,
-                teacher=teacher,
             )
+            spoken = read(teacher=teacher)
+            parts = measure_components(components or {}, spoken, read)
         tasks: dict[str, TaskResult] = {}
         samples: list[dict[str, Any]] = []
         if specs:
@@ -125,5 +133,6 @@ def evaluate(
         language=spoken,
         tasks=tasks,
         speed=points,
+        components=parts,
         samples=samples,
     )

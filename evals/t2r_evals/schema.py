@@ -88,6 +88,31 @@ class SpeedPoint(Record):
     state_bytes: int
 
 
+class ComponentResult(Record):
+    """Loss of a hybrid with one component switched off. `difference` is the rise over the complete model, with a 95%
+    interval over the windows; an interval that reaches zero or less flags a component that contributes nothing."""
+
+    component: str
+    modules: int
+    loss: float
+    far_repeat_loss: float | None
+    difference: float
+    low: float
+    high: float
+
+
+class RecallPoint(Record):
+    """Look-up accuracy at one length and depth. `depth` is where the answer stands, 0 = at the start; `loss` is nats
+    per answer token."""
+
+    task: str
+    length: int
+    depth: float
+    accuracy: float
+    loss: float
+    documents: int
+
+
 class ModelResult(Record):
     """Everything measured on one model. Sizes: `state_bytes` per sequence, whatever its length;
     `kv_bytes_per_token` grows with it. `samples` are rows per document and metric; a report keeps them in
@@ -102,6 +127,8 @@ class ModelResult(Record):
     language: LanguageResult | None = None
     tasks: dict[str, TaskResult] = {}
     speed: list[SpeedPoint] = []
+    components: list[ComponentResult] = []
+    recall: list[RecallPoint] = []
     samples: list[dict[str, Any]] = Field(default=[], repr=False)
 
 

@@ -139,7 +139,18 @@ def _measure(evaluate: Any, source: str, *, dtype: str, device: str, **arguments
         sizes = {key: memory[key] for key in ("state_bytes", "kv_bytes_per_token")}
     except (AttributeError, KeyError, InputError):
         sizes = {}  # Not one of our hosts: its cache is its own affair.
-    return evaluate(model, tokenizer, **arguments, **sizes)
+    parts = _components(model) if sizes and arguments["role"] == "student" else None
+    return evaluate(model, tokenizer, components=parts, **arguments, **sizes)
+
+
+def _components(model: Any) -> dict[str, list[Any]] | None:
+    """The attention modules of a hybrid by kind of mixer; None for a model of one kind."""
+    from t2r.model import describe
+
+    groups: dict[str, list[Any]] = {}
+    for kind, layer in zip(describe(model.config)["layers"], model.model.layers, strict=True):
+        groups.setdefault(f"the {kind} layers", []).append(layer.self_attn)
+    return groups if len(groups) > 1 else None
 
 
 def _documents(path: Path) -> list[str]:

@@ -32,6 +32,7 @@ def render_html(report: Report) -> str:
             "language": view.language_table(report),
             "tasks": view.task_table(report),
             "comparison": view.comparison_table(report),
+            "components": view.component_table(report),
             "size": view.size_table(report),
             "speed": view.speed_table(report),
             "stages": view.stage_table(report),

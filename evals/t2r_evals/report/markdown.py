@@ -29,6 +29,7 @@ def render_markdown(report: Report) -> str:
     section("Tasks", [view.task_table(report)], "tasks")
     section("Paired comparison", [view.comparison_table(report)])
     section("Loss by position", [], "position")
+    section("Components", [view.component_table(report)])
     section("Speed and memory", [view.size_table(report), view.speed_table(report)], "speed")
     section("Training", [view.stage_table(report)], "training")
     if report.worst:

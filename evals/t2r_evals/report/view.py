@@ -88,9 +88,39 @@ def verdict(report: Report) -> list[str]:
                 f"{_subject(student)} keeps {f.size(student.state_bytes)} of state per sequence at any length; "
                 f"the teacher's KV cache is larger from {cross:,} tokens on."
             )
+        said += idle_components(student)
         if teacher is not None:
             said += _speed_sentences(student, teacher)
     return said
+
+
+def idle_components(result: ModelResult) -> list[str]:
+    """A sentence per component without which the model reads as well as with it."""
+    return [
+        f"Warning: without {c.component} the loss changes by {c.difference:+.3f} ({c.low:+.3f} to {c.high:+.3f}): "
+        "this path contributes nothing that the text can show."
+        for c in result.components
+        if c.low <= 0
+    ]
+
+
+def component_table(report: Report) -> Table | None:
+    """Hybrids with each component switched off in turn."""
+    rows = [
+        [
+            Cell(r.name, r.name),
+            Cell(f"{c.component} ({f.plural(c.modules, 'module')})", c.component),
+            Cell(f.loss(c.loss), c.loss),
+            Cell(f.signed(c.difference), c.difference),
+            Cell(f"{c.low:+.3f} to {c.high:+.3f}", c.low),
+            Cell(f.loss(c.far_repeat_loss), c.far_repeat_loss),
+        ]
+        for r in report.results
+        for c in r.components
+    ]
+    columns = ["model", "switched off", "loss without", "rise", "95% interval", "far-repeat loss without"]
+    note = "Attention output of the component's layers set to zero; the same windows, paired."
+    return Table(columns, rows, note, [False, False, True, True, True, True]) if rows else None
 
 
 def _speed_sentences(student: ModelResult, teacher: ModelResult) -> list[str]:
