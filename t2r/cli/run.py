@@ -1,0 +1,289 @@
+"""`t2r run`: convert, finetune, evaluate and report, each step skipped when its verified output is there."""
+
+import hashlib
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from t2r.model.mixers import MixerOptions
+    from t2r.recipe import Recipe, RunFolder
+    from t2r_evals import Conversion, ModelResult, Report, Sample
+    from t2r_evals.schema import Role
+
+
+@click.command("run", epilog="Example: t2r run demo output=runs/my-demo stages.1.tokens=200k")
+@click.argument("recipe_name", metavar="RECIPE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="Which checkpoint to continue from."
+)
+def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
+    """Carry out RECIPE, a file or the name of a shipped recipe, from conversion to report.
+
+    Run it again after an interruption: what is finished and verified is kept.
+    """
+    from t2r.recipe import RunFolder, load_recipe
+
+    started = time.monotonic()
+    recipe = load_recipe(recipe_name, list(overrides))
+    folder = RunFolder(recipe)
+    folder.claim()
+    convert_student(recipe, folder)
+    train_student(recipe, folder, resume)
+    convert_controls(recipe, folder)
+    report = measure_and_report(recipe, folder, started)
+    click.echo(summary(report, folder, time.monotonic() - started))
+
+
+def convert_student(recipe: "Recipe", folder: "RunFolder") -> None:
+    """The teacher as a student before any training, in `converted/`."""
+    _convert(recipe, recipe.mixer, folder.converted)
+
+
+def convert_controls(recipe: "Recipe", folder: "RunFolder") -> None:
+    """The students that the trained one must beat; "no-training" is `converted/` itself."""
+    if "window-only" in recipe.evaluate.controls:
+        _convert(recipe, [_window_only(mixer) for mixer in recipe.mixer], folder.controls / "window-only")
+
+
+def _window_only(mixer: "MixerOptions") -> "MixerOptions":
+    """Softmax over the tokens that a mixer of these options could hold in its slots, one each."""
+    from t2r.model.mixers import parse_options
+
+    sinks, slots = getattr(mixer, "sinks", 4), getattr(mixer, "slots", 64)
+    return parse_options({"name": "softmax", "sinks": sinks, "window": slots - sinks, "layers": mixer.layers})
+
+
+def _convert(recipe: "Recipe", mixers: "list[MixerOptions]", destination: Path) -> None:
+    from t2r.convert import convert
+    from t2r.resources import resolve
+
+    if _published(destination):
+        _say(f"{destination}: there and verified, kept")
+        return
+    source = resolve(recipe.model.source)
+    convert(
+        source,
+        destination,
+        mixers=mixers,
+        dtype=recipe.model.dtype,
+        seed=recipe.seed,
+        command=_command(),
+        overwrite=True,
+    )
+    _say(f"{destination}: converted from {recipe.model.source}")
+
+
+def train_student(recipe: "Recipe", folder: "RunFolder", resume: str) -> None:
+    """All stages; the final student in `model/`."""
+    from t2r.train import finetune
+
+    if _published(folder.model):
+        _say(f"{folder.model}: there and verified, kept")
+        return
+    finetune(recipe, resume=resume)
+
+
+def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) -> "Report":
+    """Teacher, student and controls measured the same way; samples; report.json, report.md and report.html."""
+    from t2r_evals import Report, write_report
+    from t2r_evals.provenance import machine, versions
+    from t2r_evals.stages import read_stage
+
+    results, samples = measure(recipe, folder)
+    report = Report(
+        title=f"{Path(recipe.model.source).name} as a recurrent model",
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        command=shlex.join(_command()),
+        source=recipe.model.source,
+        target=str(folder.model),
+        machine=machine(),
+        versions=versions(),
+        conversion=describe_conversion(recipe, folder),
+        stages=[read_stage(stage.path) for stage in folder.stages],
+        results=results,
+        samples=samples,
+        settings=recipe.model_dump(mode="json"),
+        seconds=round(time.monotonic() - started, 1),
+    )
+    return write_report(report, folder.path)
+
+
+def measure(recipe: "Recipe", folder: "RunFolder") -> "tuple[list[ModelResult], list[Sample]]":
+    """One result per model, and the student's continuations of the recipe's prompts."""
+    from t2r.model import load
+    from t2r.resources import resolve
+
+    models: list[tuple[str, Role, str | Path]] = [("student", "student", folder.model)]
+    if "no-training" in recipe.evaluate.controls:
+        models.append(("no training", "control", folder.converted))
+    if "window-only" in recipe.evaluate.controls:
+        models.append(("window only", "control", folder.controls / "window-only"))
+    documents = _validation_documents(recipe)
+    source = resolve(recipe.model.source)
+    teacher, tokenizer = load(source, dtype=recipe.model.dtype) if recipe.evaluate.baseline else (None, None)
+    results = []
+    if teacher is not None:
+        results.append(
+            _measure_one(recipe, folder, "teacher", "teacher", source, documents, (teacher, tokenizer), None)
+        )
+    samples: list[Sample] = []
+    for name, role, path in models:
+        loaded = load(path, dtype=recipe.model.dtype)
+        results.append(_measure_one(recipe, folder, name, role, path, documents, loaded, teacher))
+        if role == "student":
+            samples = _samples(recipe, *loaded)
+    return results, samples
+
+
+def _measure_one(
+    recipe: "Recipe",
+    folder: "RunFolder",
+    name: str,
+    role: "Role",
+    path: str | Path,
+    documents: list[str] | None,
+    loaded: tuple[Any, Any],
+    teacher: Any,
+) -> "ModelResult":
+    """The stored result when it belongs to this model, these options and this text; otherwise a new one."""
+    from t2r.model import describe
+    from t2r_evals import EvaluationOptions, ModelResult, evaluate
+
+    options = EvaluationOptions(
+        suites=tuple(recipe.evaluate.suites),
+        tasks=tuple(recipe.evaluate.tasks),
+        limit=recipe.evaluate.limit,
+        windows=recipe.evaluate.windows,
+        window=recipe.evaluate.window,
+        offline_root=Path(recipe.evaluate.offline_root) if recipe.evaluate.offline_root else None,
+        seed=recipe.seed,
+    )
+    key = _key(path, options.model_dump_json(), *(documents or []))
+    file = folder.evaluation / f"{name.replace(' ', '-')}.json"
+    if file.is_file() and (stored := json.loads(file.read_text()))["key"] == key:
+        _say(f"{name}: measured before, kept")
+        return ModelResult.model_validate(stored["result"])
+    _say(f"{name}: measuring")
+    memory = describe(loaded[0].config)
+    result = evaluate(
+        *loaded,
+        name=name,
+        role=role,
+        documents=documents,
+        options=options,
+        state_bytes=memory["state_bytes"],
+        kv_bytes_per_token=memory["kv_bytes_per_token"],
+        teacher=teacher,
+        folder=folder.evaluation / f"{name.replace(' ', '-')}-{key[:12]}" if options.suites or options.tasks else None,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"key": key, "result": result.model_dump(mode="json")}))
+    partial.replace(file)
+    return result
+
+
+def _key(path: str | Path, *parts: str) -> str:
+    """What a stored result depends on: the model's own manifest (or its name), the options, the text."""
+    from t2r.publish import MANIFEST
+
+    manifest = Path(path) / MANIFEST
+    digest = hashlib.sha256(manifest.read_bytes() if manifest.is_file() else str(path).encode())
+    for part in parts:
+        digest.update(hashlib.sha256(part.encode()).digest())
+    return digest.hexdigest()
+
+
+def _samples(recipe: "Recipe", model: Any, tokenizer: Any) -> "list[Sample]":
+    from t2r.generate import generate
+    from t2r_evals import Sample
+
+    return [
+        Sample(
+            prompt=prompt,
+            text="".join(generate(model, tokenizer, prompt, max_new_tokens=recipe.generate.max_new_tokens)),
+            model="student",
+        )
+        for prompt in recipe.generate.prompts
+    ]
+
+
+def _validation_documents(recipe: "Recipe") -> list[str] | None:
+    from t2r.train.documents import read_documents
+
+    return read_documents(recipe.data.validation) if recipe.data.validation else None
+
+
+def describe_conversion(recipe: "Recipe", folder: "RunFolder") -> "Conversion":
+    """What the converter did, from the two configurations."""
+    from transformers import AutoConfig
+
+    from t2r.model import describe, host_config
+    from t2r_evals import Conversion
+
+    config = AutoConfig.from_pretrained(folder.converted, trust_remote_code=False)
+    after, before = describe(config), describe(host_config(config))
+    return Conversion(
+        mixer="; ".join(_one_line(mixer) for mixer in recipe.mixer),
+        layers_converted=sum(entry is not None for entry in config.mixers),
+        layers_total=len(config.mixers),
+        parameters_before=before["parameters"]["total"],
+        parameters_after=after["parameters"]["total"],
+        parameters_new=after["parameters"]["mixer"],
+    )
+
+
+def _one_line(mixer: "MixerOptions") -> str:
+    options = mixer.model_dump(mode="json", exclude_none=True, exclude={"name", "layers"})
+    return ", ".join([mixer.name, *(f"{key} {value}" for key, value in options.items()), f"layers {mixer.layers}"])
+
+
+def summary(report: "Report", folder: "RunFolder", seconds: float) -> str:
+    """The last words on the terminal: the losses, a sample, and where everything is."""
+    lines = [""]
+    teacher = next(iter(report.by_role("teacher")), None)
+    for result in report.results:
+        if result.language is None:
+            continue
+        line = f"{result.name:12} validation loss {result.language.loss:.4f}"
+        if teacher and teacher.language and result is not teacher:
+            line += f"  ({result.language.loss - teacher.language.loss:+.4f} against the teacher)"
+        lines.append(line)
+    for sample in report.samples:
+        lines += ["", sample.prompt + sample.text]
+    places: list[tuple[str, Path]] = [
+        ("student", folder.model),
+        ("report", folder.path / "report.html"),
+        ("", folder.path / "report.md"),
+        ("", folder.path / "report.json"),
+        ("recipe", folder.recipe_file),
+    ]
+    lines += ["", *(f"{name:8} {path}" for name, path in places), "", f"Done in {seconds / 60:.1f} minutes."]
+    return "\n".join(lines)
+
+
+def _published(folder: Path) -> bool:
+    """There, and every file is what its manifest says. What does not verify is made anew, and that is said."""
+    from t2r.publish import verify_manifest
+
+    if not folder.exists():
+        return False
+    problems = verify_manifest(folder)
+    if problems:
+        _say(f"{problems[0]}; making {folder} anew")
+    return not problems
+
+
+def _command() -> list[str]:
+    return ["t2r", *sys.argv[1:]]
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
