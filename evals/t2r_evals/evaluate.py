@@ -10,9 +10,10 @@ from pydantic import ConfigDict, Field
 from t2r_evals import harness, language
 from t2r_evals.components import measure_components
 from t2r_evals.errors import InputError
-from t2r_evals.schema import ComponentResult, ModelResult, Record, Role, TaskResult
+from t2r_evals.schema import ComponentResult, ModelResult, RecallPoint, Record, Role, TaskResult
 from t2r_evals.speed import measure_speed
 from t2r_evals.suites import resolve_tasks
+from t2r_evals.synthetic import run_synthetic
 
 
 class EvaluationOptions(Record):
@@ -28,6 +29,7 @@ class EvaluationOptions(Record):
         max_length: context in tokens for tasks; longer prompts are cut on the left, and counted.
         offline_root: folder that stands in for the Hub's data sets; None = the Hub.
         tasks_root: folder with further task definitions. They may run code: only pass what you trust.
+        recall_lengths, recall_items: tokens per text, and items per length and depth, of the suite "synthetic".
         contexts: prompt lengths at which speed is measured; none by default.
         largest_batch: on a GPU, speed also at the largest batch up to this that fits.
         far_repeat_gap, far_repeat_min_id: see `language.far_repeats`.
@@ -45,6 +47,8 @@ class EvaluationOptions(Record):
     max_length: int = Field(2048, ge=2)
     offline_root: Path | None = None
     tasks_root: Path | None = None
+    recall_lengths: tuple[int, ...] = (512, 1024, 2048)
+    recall_items: int = Field(10, ge=1)
     contexts: tuple[int, ...] = ()
     largest_batch: int = Field(1, ge=1)
     far_repeat_gap: int = Field(128, ge=1)
@@ -120,6 +124,17 @@ def evaluate(
                 seed=options.seed,
                 folder=folder,
             )
+        recall: list[RecallPoint] = []
+        if "synthetic" in options.suites:
+            found, recall, rows = run_synthetic(
+                model,
+                tokenizer,
+                lengths=options.recall_lengths,
+                items=options.recall_items,
+                batch_size=options.batch_size,
+                seed=options.seed,
+            )
+            tasks, samples = tasks | found, samples + rows
         points = measure_speed(model, options.contexts, largest_batch=options.largest_batch, seed=options.seed)
     finally:
         model.train(was_training)
@@ -134,5 +149,6 @@ def evaluate(
         tasks=tasks,
         speed=points,
         components=parts,
+        recall=recall,
         samples=samples,
     )

@@ -29,6 +29,7 @@ _ONE_LINE = (("until", ["\n"]), ("max_gen_toks", 48))
 
 SUITES: dict[str, tuple[TaskSpec, ...]] = {
     "language": (),
+    "synthetic": (),
     "commonsense": (
         TaskSpec("arc_easy", "acc", 0),
         TaskSpec("arc_challenge", "acc_norm", 0),

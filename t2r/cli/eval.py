@@ -6,6 +6,33 @@ from typing import Any
 import click
 
 
+class _Names(click.ParamType):
+    """Names with commas between them."""
+
+    name = "a,b"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(part.strip() for part in parts if part.strip())
+
+
+class _Lengths(click.ParamType):
+    """Numbers of tokens with commas between them; K stands for 1024."""
+
+    name = "n,m"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        lengths = []
+        for part in (part.strip() for part in value.split(",") if part.strip()):
+            number, factor = (part[:-1], 1024) if part[-1] in "kK" else (part, 1)
+            if not number.isdecimal() or int(number) == 0:
+                self.fail(f"{part!r} is no length; write numbers of tokens such as 512,2K,32K", param, ctx)
+            lengths.append(int(number) * factor)
+        return tuple(lengths)
+
+
 @click.command(short_help="Measure a model, beside its teacher.")
 @click.argument("model")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the report.")
@@ -13,8 +40,10 @@ import click
 @click.option(
     "--control", "controls", multiple=True, metavar="MODEL", help="Further model to compare; may be repeated."
 )
-@click.option("--suite", "suites", default="", metavar="A,B", help="language, commonsense, knowledge, recall.")
-@click.option("--tasks", default="", metavar="A,B", help="lm-eval tasks by name.")
+@click.option(
+    "--suite", "suites", type=_Names(), default="", help="language, commonsense, knowledge, recall, synthetic."
+)
+@click.option("--tasks", type=_Names(), default="", help="lm-eval tasks by name.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text file for --suite language; see below.")
 @click.option("--windows", type=click.IntRange(min=1), default=48, show_default=True, help="Windows of text to score.")
 @click.option("--window", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per window.")
@@ -23,9 +52,9 @@ import click
 @click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Context for tasks.")
 @click.option("--offline-root", type=click.Path(path_type=Path), help="Folder that stands in for the Hub's data sets.")
 @click.option("--tasks-root", type=click.Path(path_type=Path), help="Further task definitions. They may run code.")
-@click.option(
-    "--speed", "contexts", default="", metavar="N,M", help="Measure speed at these prompt lengths (2K = 2048)."
-)
+@click.option("--recall-lengths", type=_Lengths(), default="512,1K,2K", show_default=True, help="For synthetic.")
+@click.option("--recall-items", type=click.IntRange(min=1), default=10, show_default=True, help="Per length and depth.")
+@click.option("--speed", "contexts", type=_Lengths(), default="", help="Measure speed at these prompt lengths.")
 @click.option("--largest-batch", type=click.IntRange(min=1), default=1, show_default=True, help="For --speed on a GPU.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
@@ -36,9 +65,7 @@ def command(
     output: Path,
     baseline: str | None,
     controls: tuple[str, ...],
-    suites: str,
-    tasks: str,
-    contexts: str,
+    suites: tuple[str, ...],
     text: Path | None,
     dtype: str,
     device: str,
@@ -59,13 +86,11 @@ def command(
 
     from t2r.errors import InputError
 
-    named = {"suites": _names(suites), "tasks": _names(tasks)}
-    if text is not None and "language" not in named["suites"]:
-        named["suites"] = ("language", *named["suites"])
-    lengths = tuple(_length(name) for name in _names(contexts))
-    if not named["suites"] and not named["tasks"] and not lengths:
+    if text is not None and "language" not in suites:
+        suites = ("language", *suites)
+    if not (suites or settings["tasks"] or settings["contexts"]):
         raise InputError("nothing to measure: pass --text FILE, --suite, --tasks or --speed")
-    if "language" in named["suites"] and text is None:
+    if "language" in suites and text is None:
         raise InputError("--suite language: pass the text to read with --text FILE")
     documents = None if text is None else _documents(text)
     if output.exists() and not output.is_dir():
@@ -80,7 +105,7 @@ def command(
     from t2r_evals.provenance import machine, versions
 
     start = time.perf_counter()
-    options = EvaluationOptions.model_validate({**named, **settings, "contexts": lengths})
+    options = EvaluationOptions(suites=suites, **settings)
     check_tasks(options.suites, options.tasks, options.tasks_root)
     subjects = [(baseline, "teacher")] if baseline else []
     subjects += [(model, "student"), *((control, "control") for control in controls)]
@@ -161,19 +186,6 @@ def _documents(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--text {path}: {error}") from None
     return [document for document in content.split("\n\0\n") if document]
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
-
-
-def _length(text: str) -> int:
-    from t2r.errors import InputError
-
-    number, factor = (text[:-1], 1024) if text[-1] in "kK" else (text, 1)
-    if not number.isdigit() or int(number) == 0:
-        raise InputError(f"--speed {text!r}: a length is a whole number of tokens, or of 1024 with K: 512,2K,32K")
-    return int(number) * factor
 
 
 def _labels(sources: list[str]) -> list[str]:

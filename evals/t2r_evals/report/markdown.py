@@ -28,6 +28,7 @@ def render_markdown(report: Report) -> str:
     section("Result", [view.run_table(report), view.language_table(report)], "verdict")
     section("Tasks", [view.task_table(report)], "tasks")
     section("Paired comparison", [view.comparison_table(report)])
+    section("Recall by length and depth", [], "recall")
     section("Loss by position", [], "position")
     section("Components", [view.component_table(report)])
     section("Speed and memory", [view.size_table(report), view.speed_table(report)], "speed")

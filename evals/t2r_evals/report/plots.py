@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from t2r_evals.report import formats as f
 from t2r_evals.report import view
-from t2r_evals.report.svg import Bar, Series, bar_chart, downsample, line_chart
+from t2r_evals.report.svg import Bar, Series, bar_chart, downsample, heat_map, line_chart
 from t2r_evals.schema import Report, Stage
 
 
 @dataclass(frozen=True)
 class Figure:
-    """`section` says where it belongs: verdict, position, memory, tasks, speed or training."""
+    """`section` says where it belongs: verdict, tasks, recall, position, speed or training."""
 
     name: str
     section: str
@@ -20,7 +20,8 @@ class Figure:
 
 def figures(report: Report) -> list[Figure]:
     """Every figure that the report has data for."""
-    found = [_excess_bars(report), _memory(report), _task_differences(report), *_positions(report), *_speed(report)]
+    found = [_excess_bars(report), _memory(report), _task_differences(report), *_positions(report)]
+    found += [*_recall(report), *_speed(report)]
     found += [_training(report, stage, index) for index, stage in enumerate(report.stages)]
     return [figure for figure in found if figure is not None]
 
@@ -124,6 +125,30 @@ def _task_differences(report: Report) -> Figure | None:
     caption = f"Accuracy minus that of {pairs[0].baseline}, with 95% interval of the paired difference"
     svg = bar_chart(bars, title=caption, x_label="points of accuracy", value_format=lambda v: f"{v:.1f}")
     return Figure("task-differences", "tasks", caption, svg)
+
+
+def _recall(report: Report) -> list[Figure]:
+    """Accuracy by length and depth, a map per task and model; controls stay out, the tables have them."""
+    color = view.colors(report)
+    made: list[Figure] = []
+    shown = [r for r in report.results if r.recall and r.role != "control"]
+    for task in dict.fromkeys(p.task for r in shown for p in r.recall):
+        for r in shown:
+            cells = {(p.depth, p.length): p.accuracy for p in r.recall if p.task == task}
+            depths = sorted({depth for depth, _ in cells})
+            lengths = sorted({length for _, length in cells})
+            caption = f"{task}, {r.name}: accuracy by length" + (" and depth" if len(depths) > 1 else "")
+            svg = heat_map(
+                [[cells.get((depth, length)) for length in lengths] for depth in depths],
+                title=caption,
+                columns=[f.tokens_axis(length) for length in lengths],
+                rows=[f"{100 * depth:.0f}%" if len(depths) > 1 else "all" for depth in depths],
+                x_label="length, tokens",
+                y_label="depth",
+                color=color[r.name],
+            )
+            made.append(Figure(f"recall-{task}-{len(made)}", "recall", caption, svg))
+    return made
 
 
 def _speed(report: Report) -> list[Figure]:

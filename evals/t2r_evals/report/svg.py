@@ -144,6 +144,47 @@ def bar_chart(
     return _document(title, height, parts)
 
 
+def heat_map(
+    values: Sequence[Sequence[float | None]],
+    *,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    x_label: str,
+    y_label: str,
+    color: int,
+    value_format: Callable[[float], str] = lambda v: f"{v:.2f}",
+) -> str:
+    """Values 0..1 as shades with their numbers; `values` [row][column], None where nothing was measured."""
+    left, top, cell = 34 + CHARACTER * max(map(len, rows)), 8.0, 30.0
+    width = min(90.0, (WIDTH - RIGHT - left) / len(columns))
+    parts = []
+    for i, (label, line) in enumerate(zip(rows, values, strict=True)):
+        y = top + i * cell
+        parts.append(f'<text class="tick" x="{left - 6:.1f}" y="{y + 19:.1f}" text-anchor="end">{escape(label)}</text>')
+        for j, value in enumerate(line):
+            x = left + j * width
+            if value is None:
+                continue
+            # At most two thirds: the number on top must stay readable in both schemes.
+            shade, shown = 0.04 + 0.62 * value, escape(value_format(value))
+            parts.append(
+                f'<rect class="bar s{color}" fill-opacity="{shade:.2f}" x="{x + 1:.1f}" y="{y + 1:.1f}" '
+                f'width="{width - 2:.1f}" height="{cell - 2:.1f}" rx="3">'
+                f"<title>{escape(rows[i])}, {escape(columns[j])}: {shown}</title></rect>"
+                f'<text x="{x + width / 2:.1f}" y="{y + 19:.1f}" text-anchor="middle">{shown}</text>'
+            )
+    bottom = top + cell * len(rows)
+    for j, label in enumerate(columns):
+        x = left + (j + 0.5) * width
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(label)}</text>')
+    middle, centre = (top + bottom) / 2, left + width * len(columns) / 2
+    parts.append(f'<text class="axis" x="{centre:.1f}" y="{bottom + 36}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text class="axis" transform="translate(12 {middle:.1f}) rotate(-90)" text-anchor="middle">')
+    parts.append(f"{escape(y_label)}</text>")
+    return _document(title, bottom + BOTTOM, parts)
+
+
 def standalone(svg: str) -> str:
     """The chart as a file of its own, with its style."""
     sized = re.sub(r'viewBox="0 0 (\S+) (\S+)"', r'width="\1" height="\2" \g<0>', svg, count=1)
