@@ -13,13 +13,10 @@ CLOCKED = {"name": "gsa", "slots": SINKS + RING, "sinks": SINKS, "clock_amplitud
 
 
 def start_mask(length):
-    """[T, T] added to the scores by the clock's start: the first S and the last R tokens are seen; until the slots are
-    full, token 0 fills the empty ones and so counts more than once."""
+    """[T, T] added to the scores by the clock's start: the first S and the last R tokens are seen."""
     query, key = torch.arange(length)[:, None], torch.arange(length)[None]
     seen = (key <= query) & ((key < SINKS) | (query - key < RING))
-    mask = torch.zeros(length, length).masked_fill(~seen, -math.inf)
-    mask[:, 0] = (SINKS + RING - torch.arange(length)).clamp(min=1).log()
-    return mask
+    return torch.zeros(length, length).masked_fill(~seen, -math.inf)
 
 
 @pytest.mark.parametrize("name", ["mistral", "llama", "qwen2", "qwen3"])
@@ -33,25 +30,21 @@ def test_the_start_is_the_teacher_with_a_mask(name, build_student, host_configs,
         torch.testing.assert_close(student(text).logits, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_the_start_equals_the_softmax_mixer_once_the_slots_are_full(build_student, host_configs, tokens):
+def test_the_start_equals_the_softmax_mixer(build_student, host_configs, tokens):
     config = host_configs["mistral"]()
-    config.num_hidden_layers = 1
     gsa = build_student(config, CLOCKED, wild=False)
     softmax = build_student(config, {"name": "softmax", "sinks": SINKS, "window": RING}, wild=False)
     softmax.load_state_dict(gsa.state_dict(), strict=False)
     text = tokens(2, 40)
     with torch.no_grad():
-        full = SINKS + RING - 1
-        torch.testing.assert_close(gsa(text).logits[:, full:], softmax(text).logits[:, full:], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(gsa(text).logits, softmax(text).logits, atol=2e-5, rtol=1e-5)
 
 
 def test_softmax_mixer_equals_the_teacher_with_a_mask(build_student, host_configs, teacher_of, tokens):
     student = build_student(host_configs["mistral"](), {"name": "softmax", "sinks": SINKS, "window": RING})
-    mask = start_mask(40)
-    mask[:, 0] = 0
     text = tokens(2, 40)
     with torch.no_grad():
-        expected = teacher_of(student)(text, attention_mask=mask[None, None]).logits
+        expected = teacher_of(student)(text, attention_mask=start_mask(40)[None, None]).logits
         torch.testing.assert_close(student(text).logits, expected, atol=2e-5, rtol=1e-5)
 
 

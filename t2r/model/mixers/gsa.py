@@ -66,10 +66,10 @@ class GSAMixer(RecurrentMixer):
         alpha_t = sigmoid(W x_t + b + a * clock(t)),    alpha = 0 in every slot at the first token of a sequence.
 
     The clock is -1 in the slot that token t writes and +1 in the other sinks and the rest of the ring: token t < S
-    writes slot t, token t >= S slot S + (t - S) mod R. As a grows this is softmax attention over the first S and the
-    last R tokens, exactly, for t >= S + R. Long-lived slots have no clock; their b is the logit of a half-life. The
-    gates of the first token make every slot a weighted mean of keys from the start (an empty slot would pull the
-    softmax towards zero).
+    writes slot t, token t >= S slot S + (t - S) mod R. Token t sees the first t + 1 slots. As a grows this is softmax
+    attention over the first S and the last R tokens, exactly and at every t. Long-lived slots have no clock; their b
+    is the logit of a half-life. The gates of the first token make every slot a weighted mean of keys from the start
+    (one that shrinks towards zero would pull the softmax with it).
 
     paper: swish on q, k and v, no positions, scale 1, alpha_t = sigmoid(W x_t)^(1/tau), and RMSNorm(swish(o)) over all
     heads before o_proj. Parameters correspond to fla's layer: gate_proj is its f_proj, g_norm its g_norm.
@@ -110,17 +110,19 @@ class GSAMixer(RecurrentMixer):
         }
 
     def inputs(self, hidden_states: Tensor, rotary: Rotary, info: SequenceInfo) -> States:
-        """q, k, v and log_alpha [B, T, H, M]."""
+        """q, k, v, log_alpha [B, T, H, M] and, for transfer, how many slots each token sees [B, T]."""
         gate = self.gate_proj(hidden_states).float().unflatten(-1, (self.heads, -1))
+        visible: States = ()
         if self.options.style == "paper":
             q, k, v = (F.silu(x) for x in self.project(hidden_states, None))
             log_alpha = F.logsigmoid(gate) / self.options.tau
         else:
             q, k, v = self.project(hidden_states, rotary)
             log_alpha = self._transfer_gates(gate, info.position)
+            visible = ((info.position + 1).clamp(max=self.options.slots).int(),)
         if info.mask is not None:
             log_alpha = log_alpha.masked_fill(~info.mask[:, :, None, None], 0.0)
-        return q, k, v, log_alpha
+        return q, k, v, log_alpha, *visible
 
     def _transfer_gates(self, gate: Tensor, position: Tensor) -> Tensor:
         beat = clock(position, self.options.slots, self.options.sinks, self.options.ring)[:, :, None]
@@ -131,8 +133,13 @@ class GSAMixer(RecurrentMixer):
         self, inputs: States, state: States | None, output_final_state: bool, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, States | None]:
         """As `RecurrentMixer.scan`."""
+        q, k, v, log_alpha, *visible = inputs
         return gsa(
-            *inputs,
+            q,
+            k,
+            v,
+            log_alpha,
+            visible=visible[0] if visible else None,
             scale=self.scaling,
             initial_state=state,
             output_final_state=output_final_state,
@@ -141,7 +148,8 @@ class GSAMixer(RecurrentMixer):
 
     def step(self, inputs: States, state: States) -> Tensor:
         """As `RecurrentMixer.step`."""
-        return gsa_step(*inputs, state, scale=self.scaling)
+        q, k, v, log_alpha, *visible = inputs
+        return gsa_step(q, k, v, log_alpha, state, visible=visible[0] if visible else None, scale=self.scaling)
 
     def output(self, o: Tensor) -> Tensor:
         """As `RecurrentMixer.output`."""
