@@ -8,13 +8,13 @@ import click
 @click.command("convert", epilog="Example: t2r convert mistralai/Mistral-7B-v0.1 mistral-7b-gsa --slots 64")
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", required=False)
-@click.option("--mixer", default="gsa", show_default=True, help="What replaces attention.")
+@click.option("--mixer", help="What replaces attention.  [default: gsa]")
 @click.option("--style", help="Style of the mixer, where it has styles (gsa: transfer or paper).")
 @click.option("--slots", type=int, help="Memory slots per key/value head, where the mixer has slots.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other option of the mixer; repeatable."
 )
-@click.option("--layers", default="all", show_default=True, help='Which layers: "all", "0,2,5-9", "all except 3,6".')
+@click.option("--layers", help='Which layers: "all", "0,2,5-9", "all except 3,6".  [default: all]')
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "float16", "source"]),
@@ -31,11 +31,11 @@ import click
 def command(
     source: str,
     destination: str | None,
-    mixer: str,
+    mixer: str | None,
     style: str | None,
     slots: int | None,
     settings: tuple[str, ...],
-    layers: str,
+    layers: str | None,
     dtype: str,
     max_shard_size: str,
     seed: int,
@@ -45,6 +45,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Convert SRC, a folder or Hub id of a Mistral, Llama, Qwen2 or Qwen3 checkpoint, and publish it as folder DST.
+    A GSA checkpoint of flash-linear-attention is read as what it is: mixer gsa, style paper.
 
     The plan is made from config.json, the index and the file headers alone; then tensors are streamed, verified and
     published all at once. DST may be left out with --dry-run.
@@ -63,13 +64,13 @@ def command(
     source = resolve(source)
     if destination is not None:
         check_destination(source, Path(destination), overwrite=overwrite)
-    options = {"name": mixer, "layers": layers} | _settings(settings)
-    options |= {key: value for key, value in (("style", style), ("slots", slots)) if value is not None}
-    mixers = parse_options(options)
+    chosen = {"name": mixer, "layers": layers, "style": style, "slots": slots}
+    options = {key: value for key, value in chosen.items() if value is not None} | _settings(settings)
+    mixers = parse_options({"name": "gsa"} | options) if options else None
     written = None if dtype == "source" else dtype
     plan = make_plan(source, mixers, dtype=written, max_shard_size=max_shard_size, seed=seed, dry_run=dry_run)
     if destination is not None:
-        check_space(plan, Path(destination))
+        check_space(Path(destination), plan.nbytes, plan.checkpoint.copied_files())
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
     else:

@@ -11,19 +11,26 @@ import click
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["hf"]),
+    type=click.Choice(["hf", "fla"]),
     default="hf",
     show_default=True,
-    help="hf: the student with its LoRA adapter merged, an ordinary transformers folder.",
+    help="hf: a LoRA adapter merged into its student; fla: a student of style paper as flash-linear-attention has it.",
 )
 @click.option("--base", metavar="DIR", help="The student of an adapter, when it was moved since.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that t2r wrote before.")
 def command(model: str, destination: str, kind: str, base: str | None, overwrite: bool) -> None:
-    """Write MODEL, the folder of a LoRA adapter, as folder DST."""
+    """Write MODEL, the folder of a LoRA adapter (hf) or of a student (fla), as folder DST."""
     from pathlib import Path
 
     import t2r.model  # noqa: F401  (registers the student classes)
     from t2r.convert.adapter import merge_adapter
+    from t2r.convert.export import export_to_fla
 
-    merge_adapter(Path(model), Path(destination), base=base, overwrite=overwrite, command=["t2r", *sys.argv[1:]])
-    click.echo(f"{destination}: merged and verified", err=True)
+    call = ["t2r", *sys.argv[1:]]
+    if kind == "fla" and base is not None:
+        raise click.UsageError("--base is for --format hf")
+    if kind == "fla":
+        export_to_fla(model, Path(destination), overwrite=overwrite, command=call)
+    else:
+        merge_adapter(Path(model), Path(destination), base=base, overwrite=overwrite, command=call)
+    click.echo(f"{destination}: written and verified", err=True)

@@ -1,6 +1,5 @@
 """Merge a LoRA adapter into its student: `t2r export ADAPTER DST --format hf`."""
 
-import shlex
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -13,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from t2r.convert.card import CARD
+from t2r.convert.card import write_export_card
 from t2r.convert.headers import read_header
 from t2r.convert.run import RECORD, check_destination
-from t2r.convert.source import Checkpoint, member, open_checkpoint, read_json
+from t2r.convert.source import member, open_checkpoint, read_json
 from t2r.convert.stream import TORCH_DTYPES, is_finite
 from t2r.convert.verify import VerificationError
 from t2r.errors import InputError
@@ -76,7 +75,7 @@ def merge_adapter(
         for path in (*student.copied_files(), student.folder / RECORD):
             if path.is_file():
                 shutil.copyfile(path, staging / path.name)
-        _write_card(student, staging, adapter, command)
+        write_export_card(student, staging, f"The LoRA adapter `{adapter}` was merged into the weights.", command)
 
 
 def _read_settings(adapter: Path) -> dict[str, Any]:
@@ -121,11 +120,3 @@ def _verify(folder: Path, stored: dict[str, Tensor]) -> None:
             found.add(name)
     if found != set(stored):
         raise VerificationError(f"{folder}: {len(set(stored) - found)} tensors were not written")
-
-
-def _write_card(student: Checkpoint, folder: Path, adapter: Path, command: Sequence[str] | None) -> None:
-    path = student.folder / CARD
-    text = path.read_text(errors="replace") if path.is_file() else "---\nlibrary_name: transformers\n---\n"
-    call = f"\n    {shlex.join(command)}\n" if command else ""
-    note = f"\n## Adapter\n\nThe LoRA adapter `{adapter}` was merged into the weights.\n{call}"
-    (folder / CARD).write_text(text + note)

@@ -9,7 +9,7 @@ from pathlib import Path
 from t2r.convert.folding import fold_numbers
 from t2r.convert.hub import is_hub_id
 from t2r.convert.plan import Plan
-from t2r.convert.source import member
+from t2r.convert.source import Checkpoint, member
 
 CARD = "README.md"
 _MAX_CARD_BYTES = 1 << 20
@@ -52,6 +52,14 @@ def write_card(plan: Plan, folder: Path, destination: Path, command: Sequence[st
         "`conversion.json` accounts for every tensor, `manifest.json` holds the SHA-256 sum of every file.",
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n")
+
+
+def write_export_card(student: Checkpoint, folder: Path, note: str, command: Sequence[str] | None) -> None:
+    """The student's own card with a section on what was done to it."""
+    path = member(student.folder, CARD)
+    text = path.read_text(errors="replace") if path.is_file() else "---\nlibrary_name: transformers\n---\n"
+    call = f"\n    {shlex.join(command)}\n" if command else ""
+    (folder / CARD).write_text(f"{text}\n## Export\n\n{note}\n{call}")
 
 
 def mixer_table(mixers: Sequence[dict | None]) -> list[tuple[str, str]]:

@@ -49,12 +49,24 @@ def read_host_config(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, list[str
     if raw.get("quantization_config") is not None:
         raise InputError(f"{path}: quantization_config: quantised checkpoints cannot be converted; use the original")
     config_class = HOSTS[model_type][0]
-    return build_config(config_class, raw, path), ignored_keys(config_class, raw)
+    return build_config(config_class, raw, checkpoint), ignored_keys(config_class, raw)
 
 
-def build_config(config_class: type[PreTrainedConfig], raw: Mapping[str, Any], path: Path) -> PreTrainedConfig:
-    """A config object from the allowed keys of `raw`; InputError when its sizes are impossible."""
+def build_config(
+    config_class: type[PreTrainedConfig], raw: Mapping[str, Any], checkpoint: Checkpoint
+) -> PreTrainedConfig:
+    """A config object from the allowed keys of `raw`.
+
+    Raises:
+        InputError: sizes that are impossible, or not those of the weights.
+    """
+    path = checkpoint.folder / "config.json"
     _check_sizes(raw, path)
+    # before the config classes lay out a list with an entry per layer
+    if raw["num_hidden_layers"] != checkpoint.layers:
+        raise InputError(
+            f"{path}: num_hidden_layers is {raw['num_hidden_layers']}, the weights have {checkpoint.layers} layers"
+        )
     fields = {key: value for key, value in raw.items() if key in allowed_keys(config_class)}
     try:
         return config_class(**fields)

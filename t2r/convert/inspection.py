@@ -1,7 +1,6 @@
 """What a model is, from its configuration and headers alone (`t2r info`)."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -10,13 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedConfig
 
+from t2r.convert import fla
 from t2r.convert.card import mixer_table
 from t2r.convert.hosts import build_config
 from t2r.convert.plan import DTYPES
 from t2r.convert.show import print_state
-from t2r.convert.source import open_checkpoint
+from t2r.convert.source import Checkpoint, open_checkpoint
 from t2r.errors import InputError
-from t2r.model import HOSTS, describe
+from t2r.model import HOSTS, assign_mixers, describe, student_config
 from t2r.publish import MANIFEST, verify_manifest
 
 
@@ -31,7 +31,7 @@ def inspect_model(source: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(source, weights=False)
     tensors = checkpoint.tensors.values()
     published = (checkpoint.folder / MANIFEST).is_file()
-    config = read_any_config(checkpoint.config, checkpoint.folder / "config.json")
+    config = read_any_config(checkpoint)
     mixers = getattr(config, "mixers", None) or [None] * config.num_hidden_layers
     return {
         "model": source,
@@ -47,16 +47,19 @@ def inspect_model(source: str) -> dict[str, Any]:
     }
 
 
-def read_any_config(raw: dict[str, Any], path: Path) -> PreTrainedConfig:
+def read_any_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The configuration of a host or a student, by the same allow-list as a conversion's."""
+    raw = checkpoint.config
+    if fla.is_fla(checkpoint):
+        config, mixer = fla.read_config(checkpoint)
+        return student_config(config, assign_mixers(mixer, config.num_hidden_layers))
     model_type = str(raw.get("model_type"))
     host = HOSTS.get(model_type.removeprefix("t2r_"))
     if host is None:
-        raise InputError(
-            f"{path}: model_type {raw.get('model_type')!r} is not supported; supported are {', '.join(HOSTS)} and "
-            "their students"
-        )
-    config = build_config(host.student_config if model_type.startswith("t2r_") else host.config, raw, path)
+        path = checkpoint.folder / "config.json"
+        known = f"{', '.join(HOSTS)}, their students, and fla's {fla.MODEL_TYPE}"
+        raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported are {known}")
+    config = build_config(host.student_config if model_type.startswith("t2r_") else host.config, raw, checkpoint)
     dtype = str(raw.get("dtype") or raw.get("torch_dtype"))
     config.dtype = dtype if dtype in DTYPES else None
     return config

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from t2r.convert import fla
 from t2r.convert.headers import BYTES_PER_ELEMENT, StoredTensor
 from t2r.convert.hosts import read_host_config
 from t2r.convert.source import SINGLE, Checkpoint, open_checkpoint
 from t2r.errors import InputError
 from t2r.model import describe, student_config
-from t2r.model.mixers import Mixer, MixerOptions, assign_mixers
+from t2r.model.mixers import Mixer, MixerOptions, assign_mixers, parse_options
 
 Action = Literal["copied", "transformed", "new", "dropped"]
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -103,7 +104,7 @@ class Plan:
 
 def make_plan(
     source: str,
-    mixers: MixerOptions | Sequence[MixerOptions],
+    mixers: MixerOptions | Sequence[MixerOptions] | None,
     *,
     dtype: str | None = "bfloat16",
     max_shard_size: str | int = "5GB",
@@ -114,7 +115,8 @@ def make_plan(
 
     Args:
         source: a local folder or a Hub id.
-        mixers: what replaces attention, in which layers (t2r.model.mixers).
+        mixers: what replaces attention, in which layers (t2r.model.mixers). None: `gsa` with its defaults, or the
+            mixer that a GSA checkpoint of fla comes with.
         dtype: of the student's weights: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_size: a number of bytes, or text such as "5GB" or "500MB" (powers of ten).
         seed: of the new tensors' initial values.
@@ -127,16 +129,16 @@ def make_plan(
         raise InputError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPES)}, source")
     limit = parse_size(max_shard_size)
     checkpoint = open_checkpoint(source, weights=not dry_run)
-    host, ignored = read_host_config(checkpoint)
+    checkpoint, host, entries, ignored = _read(checkpoint, mixers)
     _check_against_config(checkpoint, host)
-    config = student_config(host, assign_mixers(mixers, host.num_hidden_layers))
+    config = student_config(host, entries)
     written = DTYPES[dtype] if dtype else None
     default = written or checkpoint.tensors[_EMBEDDING].dtype
     config.dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[default]
     student = _lay_out(config, checkpoint)
     config.architectures = [type(student).__name__]
     targets, dropped = _account(checkpoint, config, student, written, default)
-    return Plan(checkpoint, seed, config, student, _shard(targets, limit), dropped, ignored)
+    return Plan(checkpoint, seed, config, student, group_into_shards(targets, limit), dropped, ignored)
 
 
 def new_tensor_names(student: PreTrainedModel) -> dict[str, tuple[int, str]]:
@@ -158,6 +160,22 @@ def parse_size(size: str | int) -> int:
     return nbytes
 
 
+def _read(
+    checkpoint: Checkpoint, mixers: MixerOptions | Sequence[MixerOptions] | None
+) -> tuple[Checkpoint, PreTrainedConfig, list[dict[str, Any] | None], list[str]]:
+    """The checkpoint under the host's names, the host's configuration, its layers' mixers, and config keys left out."""
+    if not fla.is_fla(checkpoint):
+        host, ignored = read_host_config(checkpoint)
+        mixers = parse_options({"name": "gsa"}) if mixers is None else mixers
+        return checkpoint, host, assign_mixers(mixers, host.num_hidden_layers), ignored
+    path = checkpoint.folder / "config.json"
+    host, own = fla.read_config(checkpoint)
+    entries = assign_mixers(own, host.num_hidden_layers)
+    if mixers is not None and assign_mixers(mixers, host.num_hidden_layers) != entries:
+        raise InputError(f"{path}: a GSA checkpoint of fla has its mixer already ({entries[0]}); ask for no other")
+    return fla.read_tensors(checkpoint, host.num_hidden_layers), host, entries, []
+
+
 def _check_against_config(checkpoint: Checkpoint, host: PreTrainedConfig) -> None:
     """Catch a config that does not belong to these weights before a model of its size is laid out."""
     embedding = checkpoint.tensors.get(_EMBEDDING)
@@ -167,12 +185,6 @@ def _check_against_config(checkpoint: Checkpoint, host: PreTrainedConfig) -> Non
         raise InputError(
             f"{embedding.file}: tensor {_EMBEDDING} is {list(embedding.shape)}, config.json says vocab_size x "
             f"hidden_size = [{host.vocab_size}, {host.hidden_size}]"
-        )
-    layers = {int(match[1]) for name in checkpoint.tensors if (match := _LAYER.match(name))}
-    if len(layers) != host.num_hidden_layers:
-        raise InputError(
-            f"{checkpoint.folder}: the weights have {len(layers)} layers, config.json says num_hidden_layers = "
-            f"{host.num_hidden_layers}"
         )
 
 
@@ -199,7 +211,7 @@ def _account(
         del wanted[_HEAD]
     targets = []
     for name, shape in wanted.items():
-        if name in new:
+        if name in new and name not in checkpoint.tensors:
             targets.append(TensorPlan(name, "new", default, shape))
             continue
         tensor = checkpoint.tensors.get(name)
@@ -213,8 +225,10 @@ def _account(
                 f"{tensor.file}: tensor {name} is {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
         dtype = written or tensor.dtype
-        note = "" if dtype == tensor.dtype else f"{tensor.dtype} to {dtype}"
-        targets.append(TensorPlan(name, "transformed" if note else "copied", dtype, shape, tensor, note))
+        action: Action = "copied" if dtype == tensor.dtype else "transformed"
+        notes = [f"{tensor.dtype} to {dtype}"] * (action == "transformed")
+        notes += [f"from {tensor.name}"] * (tensor.name != name)
+        targets.append(TensorPlan(name, action, dtype, shape, tensor, ", ".join(notes)))
     reasons = _dropped(config, student)
     dropped, unknown = [], []
     for name, tensor in checkpoint.tensors.items():
@@ -240,7 +254,7 @@ def _dropped(config: PreTrainedConfig, student: PreTrainedModel) -> Mapping[str,
     return reasons
 
 
-def _shard(tensors: Sequence[TensorPlan], limit: int) -> dict[str, list[TensorPlan]]:
+def group_into_shards(tensors: Sequence[TensorPlan], limit: int) -> dict[str, list[TensorPlan]]:
     """Split in model order; within a file wider dtypes come first, so that every tensor stays aligned."""
     groups: list[list[TensorPlan]] = [[]]
     size = 0

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from t2r.convert.hub import is_hub_id
 from t2r.convert.plan import Plan, TensorPlan, build_index, make_plan, new_tensor_names
 from t2r.convert.progress import Progress
 from t2r.convert.source import INDEX
-from t2r.convert.stream import read_blocks, write_shard
+from t2r.convert.stream import NewTensors, read_blocks, write_shard
 from t2r.convert.verify import verify_shard
 from t2r.errors import InputError
 from t2r.model.mixers import MixerOptions, layer_generator
@@ -32,7 +32,7 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    mixers: MixerOptions | Sequence[MixerOptions],
+    mixers: MixerOptions | Sequence[MixerOptions] | None,
     dtype: str | None = "bfloat16",
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
@@ -45,7 +45,7 @@ def convert(
     Args:
         source: folder or Hub id of a safetensors checkpoint.
         destination: folder to publish; it appears complete and verified, or not at all.
-        mixers: what replaces attention, in which layers.
+        mixers: what replaces attention, in which layers; None as in `make_plan`.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_size: as in `make_plan`.
         overwrite: replace a folder that t2r published before.
@@ -73,16 +73,16 @@ def execute(
     command: Sequence[str] | None = None,
 ) -> None:
     """Carry out a plan. Arguments and errors as in `convert`."""
-    check_space(plan, destination)
+    check_space(destination, plan.nbytes, plan.checkpoint.copied_files())
     _check_tied(plan)
     sums: dict[str, str] = {}
     with publish(destination, overwrite=overwrite, hashes=sums) as staging:
-        sums.update(_write_weights(plan, staging, allow_nonfinite=allow_nonfinite))
+        sums.update(write_weights(plan.shards, staging, InitialValues(plan), allow_nonfinite=allow_nonfinite))
         for path in plan.checkpoint.copied_files():
             shutil.copyfile(path, staging / path.name)
         write_card(plan, staging, destination, command)
         record = plan.to_json() | {"command": list(command or []), "versions": versions()}
-        _write_json(staging / RECORD, record)
+        write_json(staging / RECORD, record)
         (staging / PENDING_CONFIG).write_text(plan.config.to_json_string())
 
 
@@ -105,12 +105,12 @@ def check_destination(source: str, destination: Path, *, overwrite: bool) -> Non
         raise InputError(f"{destination}: has no {MANIFEST}, so t2r did not write it and does not replace it")
 
 
-def check_space(plan: Plan, destination: Path) -> None:
-    """Refuse to start when the disk of `destination` has no room for the plan."""
+def check_space(destination: Path, nbytes: int, others: Iterable[Path]) -> None:
+    """Refuse to start when the disk of `destination` has no room for `nbytes` of weights and copies of `others`."""
     parent = destination.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    needed = plan.nbytes + sum(path.stat().st_size for path in plan.checkpoint.copied_files()) + _SPARE_BYTES
+    needed = nbytes + sum(path.stat().st_size for path in others) + _SPARE_BYTES
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(f"{destination}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
@@ -141,20 +141,26 @@ class InitialValues:
         return self._values[name].reshape(tensor.shape)
 
 
-def _write_weights(plan: Plan, staging: Path, *, allow_nonfinite: bool) -> dict[str, str]:
-    """Write every shard and its index; a second thread verifies a shard while the next one is written."""
+def write_weights(
+    shards: Mapping[str, Sequence[TensorPlan]], folder: Path, new: NewTensors, *, allow_nonfinite: bool = False
+) -> dict[str, str]:
+    """Write every shard and, for several, their index; a second thread verifies a shard while the next is written.
+
+    Returns:
+        SHA-256 by file name. Errors as in `write_shard` and `verify_shard`.
+    """
     sums: dict[str, str] = {}
     checks: list[Future[None]] = []
-    new = InitialValues(plan)
-    with Progress("convert", plan.nbytes) as progress, ThreadPoolExecutor(1, thread_name_prefix="verify") as verifier:
-        for file, tensors in plan.shards.items():
-            path = staging / file
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
+    with Progress("weights", total) as progress, ThreadPoolExecutor(1, thread_name_prefix="verify") as verifier:
+        for file, tensors in shards.items():
+            path = folder / file
             sums[file] = write_shard(path, tensors, new, allow_nonfinite=allow_nonfinite, advance=progress.advance)
             checks.append(verifier.submit(verify_shard, path, tensors, sums[file]))
         for check in checks:
             check.result()
-    if len(plan.shards) > 1:
-        _write_json(staging / INDEX, build_index(plan.shards))
+    if len(shards) > 1:
+        write_json(folder / INDEX, build_index(shards))
     return sums
 
 
@@ -176,5 +182,5 @@ def _check_tied(plan: Plan) -> None:
             )
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")

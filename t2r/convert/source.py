@@ -1,6 +1,7 @@
 """A checkpoint on disk: which files it has and which tensor lies where. Trusts nothing, reads no weights."""
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,7 @@ TOKENIZER_FILES = (
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 _HUB_PATTERNS = (INDEX, "config.json", "README.md", *TOKENIZER_FILES, *LICENCE_FILES)
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MAX_JSON_BYTES = 64 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -47,6 +49,11 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """config.json as it stands; t2r.convert.hosts decides what of it is used."""
         return read_json(self.folder, "config.json")
+
+    @property
+    def layers(self) -> int:
+        """How many layers the weights have."""
+        return len({match[1] for name in self.tensors if (match := _LAYER.match(name))})
 
     @property
     def revision(self) -> str | None:

@@ -147,7 +147,10 @@ CASES = {
     "odd head": Case("single", "head_dim is 15", config(head_dim=15)),
     "missing size": Case("single", "hidden_size is missing", config(hidden_size=None)),
     "eps": Case("single", "rms_norm_eps", config(rms_norm_eps=-1e-5)),
-    "a billion layers": Case("single", "3 layers, config.json says", config(num_hidden_layers=10**9)),
+    "a billion layers": Case("single", "the weights have 3 layers", config(num_hidden_layers=10**9)),
+    "a billion layers, listed": Case(
+        "single", "the weights have 3 layers", config(model_type="qwen2", num_hidden_layers=10**9)
+    ),
     "huge vocabulary": Case("single", "vocab_size x hidden_size", config(vocab_size=10**12)),
     "other vocabulary": Case("single", "vocab_size x hidden_size", config(vocab_size=97)),
     "other mlp": Case("single", "mlp.gate_proj.weight is [80, 64]", config(intermediate_size=96)),
