@@ -16,11 +16,12 @@ MIXERS = {
         "sinks": 2,
         "ring": 5,
         "clock_amplitude": 2.0,
+        "sink_amplitude": 3.0,
         "half_lives": (4.0, 30.0),
     },
     "gsa-paper": {"name": "gsa", "style": "paper", "slots": 8},
     "softmax-window": {"name": "softmax", "sinks": 2, "window": 5},
-    "hybrid": {"name": "gsa", "slots": 8, "clock_amplitude": 2.0, "layers": "all except 1"},
+    "hybrid": {"name": "gsa", "slots": 8, "clock_amplitude": 2.0, "sink_amplitude": 3.0, "layers": "all except 1"},
 }
 SHAPE = {
     "vocab_size": 61,

@@ -9,7 +9,7 @@ from t2r.model import assign_mixers, parse_options
 from t2r.model.mixers.gsa import clock, written_slot
 
 SINKS, RING = 3, 6
-CLOCKED = {"name": "gsa", "slots": SINKS + RING, "sinks": SINKS, "clock_amplitude": 30.0}
+CLOCKED = {"name": "gsa", "slots": SINKS + RING, "sinks": SINKS, "clock_amplitude": 30.0, "sink_amplitude": 30.0}
 
 
 def start_mask(length):

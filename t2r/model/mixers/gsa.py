@@ -14,7 +14,7 @@ from t2r.model.mixers.base import MixerOptions, RecurrentMixer, Rotary, States, 
 from t2r.model.sequence import SequenceInfo
 from t2r_kernels import gsa, gsa_step
 
-TRANSFER_ONLY = ("sinks", "ring", "clock_amplitude", "half_lives")
+TRANSFER_ONLY = ("sinks", "ring", "clock_amplitude", "sink_amplitude", "half_lives")
 
 
 class GSAOptions(MixerOptions):
@@ -25,7 +25,10 @@ class GSAOptions(MixerOptions):
     slots: int = Field(64, ge=1, le=4096)
     sinks: int = Field(4, ge=0, description="slots that keep the first tokens (transfer)")
     ring: int | None = Field(None, ge=0, description="slots that keep the last tokens; slots - sinks (transfer)")
-    clock_amplitude: float = Field(10.0, ge=0.0, le=80.0, description="how firmly the clock sets the gate (transfer)")
+    # a = 6 starts better than a = 30 (an old token fades instead of vanishing) and leaves the gates a gradient; a sink
+    # has to last as long as the sequence, and at a = 6 would be half gone after 280 tokens
+    clock_amplitude: float = Field(6.0, ge=0.0, le=80.0, description="how firmly the clock sets the gates (transfer)")
+    sink_amplitude: float = Field(16.0, ge=0.0, le=80.0, description="the same for the sinks (transfer)")
     half_lives: tuple[float, float] = Field(
         (32.0, 2048.0), description="shortest and longest half-life of the long-lived slots, in tokens (transfer)"
     )
@@ -103,10 +106,12 @@ class GSAMixer(RecurrentMixer):
             half_life = torch.linspace(shortest, longest, long_lived, device="cpu").exp()
             # alpha = 2^(-1 / half-life); its logit is -log(2^(1 / half-life) - 1)
             bias[-long_lived:] = -torch.expm1(math.log(2.0) / half_life).log()
+        amplitude = torch.full((options.slots,), options.clock_amplitude, device="cpu")
+        amplitude[: options.sinks] = options.sink_amplitude
         return {
             "gate_proj.weight": torch.zeros(shape, device="cpu"),
             "gate_bias": bias.repeat(self.heads, 1),
-            "clock_amplitude": torch.full((self.heads, options.slots), options.clock_amplitude, device="cpu"),
+            "clock_amplitude": amplitude.repeat(self.heads, 1),
         }
 
     def inputs(self, hidden_states: Tensor, rotary: Rotary, info: SequenceInfo) -> States:
