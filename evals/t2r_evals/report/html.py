@@ -6,10 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from t2r_evals.report import facts, tables
 from t2r_evals.report import formats as f
-from t2r_evals.report import view
 from t2r_evals.report.plots import figures
 from t2r_evals.report.svg import STYLE
+from t2r_evals.report.verdict import verdict
 from t2r_evals.schema import Report
 
 
@@ -25,17 +26,17 @@ def render_html(report: Report) -> str:
 
     return _template().render(
         report=report,
-        verdict=view.verdict(report),
+        verdict=verdict(report),
         tiles=tiles(report),
         tables={
-            "runs": view.run_table(report),
-            "language": view.language_table(report),
-            "tasks": view.task_table(report),
-            "comparison": view.comparison_table(report),
-            "components": view.component_table(report),
-            "size": view.size_table(report),
-            "speed": view.speed_table(report),
-            "stages": view.stage_table(report),
+            "runs": tables.run_table(report),
+            "language": tables.language_table(report),
+            "tasks": tables.task_table(report),
+            "comparison": tables.comparison_table(report),
+            "components": tables.component_table(report),
+            "size": tables.size_table(report),
+            "speed": tables.speed_table(report),
+            "stages": tables.stage_table(report),
         },
         figures=figures(report),
         facts={**report.machine, **report.versions},
@@ -46,11 +47,11 @@ def render_html(report: Report) -> str:
 
 def tiles(report: Report) -> list[Tile]:
     """The few numbers to remember, of the first student."""
-    student, teacher = next(iter(report.by_role("student")), None), view.teacher_of(report)
+    student, teacher = next(iter(report.by_role("student")), None), facts.teacher_of(report)
     if student is None:
         return []
     found = []
-    distance = view.excess(student, teacher)
+    distance = facts.excess(student, teacher)
     if distance is not None:
         found.append(Tile(f.signed(distance), "nats per token against the teacher"))
     shares = [c.recovered for c in report.comparisons or [] if c.model == student.name and c.recovered is not None]
@@ -62,11 +63,11 @@ def tiles(report: Report) -> list[Tile]:
             )
         )
     if report.stages:
-        found.append(Tile(f.count(view.trained_tokens(report)), "training tokens"))
+        found.append(Tile(f.count(facts.trained_tokens(report)), "training tokens"))
         found.append(Tile(f.duration(sum(stage.seconds for stage in report.stages)), "training time"))
     if student.state_bytes:
         found.append(Tile(f.size(student.state_bytes), "state per sequence, at any length"))
-    cross = view.crossover(student, teacher)
+    cross = facts.crossover(student, teacher)
     if cross is not None:
         found.append(Tile(f"{cross:,}", "tokens from which it needs less memory"))
     return found

@@ -3,8 +3,9 @@
 import json
 import re
 
-from t2r_evals.report import view
+from t2r_evals.report import tables
 from t2r_evals.report.plots import figures
+from t2r_evals.report.verdict import verdict
 from t2r_evals.schema import Report
 
 
@@ -12,10 +13,10 @@ def render_markdown(report: Report) -> str:
     """The report as GitHub-flavoured Markdown. Figures are referred to as figures/NAME.svg beside it."""
     drawn = figures(report)
     parts = [f"# {_inline(report.title)}", ""]
-    parts += [f"- {_inline(sentence)}" for sentence in view.verdict(report)] + [""]
+    parts += [f"- {_inline(sentence)}" for sentence in verdict(report)] + [""]
 
-    def section(title: str, tables: list[view.Table | None], name: str | None = None) -> None:
-        shown = [table for table in tables if table is not None]
+    def section(title: str, found: list[tables.Table | None], name: str | None = None) -> None:
+        shown = [table for table in found if table is not None]
         pictures = [figure for figure in drawn if figure.section == name]
         if not shown and not pictures:
             return
@@ -25,14 +26,14 @@ def render_markdown(report: Report) -> str:
         for figure in pictures:
             parts.extend([f"![{_inline(figure.caption)}](figures/{figure.name}.svg)", ""])
 
-    section("Result", [view.run_table(report), view.language_table(report)], "verdict")
-    section("Tasks", [view.task_table(report)], "tasks")
-    section("Paired comparison", [view.comparison_table(report)])
+    section("Result", [tables.run_table(report), tables.language_table(report)], "verdict")
+    section("Tasks", [tables.task_table(report)], "tasks")
+    section("Paired comparison", [tables.comparison_table(report)])
     section("Recall by length and depth", [], "recall")
     section("Loss by position", [], "position")
-    section("Components", [view.component_table(report)])
-    section("Speed and memory", [view.size_table(report), view.speed_table(report)], "speed")
-    section("Training", [view.stage_table(report)], "training")
+    section("Components", [tables.component_table(report)])
+    section("Speed and memory", [tables.size_table(report), tables.speed_table(report)], "speed")
+    section("Training", [tables.stage_table(report)], "training")
     if report.worst:
         parts += ["## What got worse", ""]
         for example in report.worst:
@@ -60,7 +61,7 @@ def render_markdown(report: Report) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _table(table: view.Table) -> list[str]:
+def _table(table: tables.Table) -> list[str]:
     head = "| " + " | ".join(_inline(column) for column in table.columns) + " |"
     rule = "|" + "|".join("---:" if table.is_numeric(i) else "---" for i in range(len(table.columns))) + "|"
     rows = ["| " + " | ".join(_inline(cell.text) for cell in row) + " |" for row in table.rows]

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from t2r_evals.report import facts
 from t2r_evals.report import formats as f
-from t2r_evals.report import view
 from t2r_evals.report.svg import Bar, Series, bar_chart, downsample, heat_map, line_chart
 from t2r_evals.schema import Report, Stage
 
@@ -22,15 +22,16 @@ def figures(report: Report) -> list[Figure]:
     """Every figure that the report has data for."""
     found = [_excess_bars(report), _memory(report), _task_differences(report), *_positions(report)]
     found += [*_recall(report), *_speed(report)]
+    found.append(None if report.runs else _validation(report))
     found += [_training(report, stage, index) for index, stage in enumerate(report.stages)]
     return [figure for figure in found if figure is not None]
 
 
 def _excess_bars(report: Report) -> Figure | None:
-    teacher, color = view.teacher_of(report), view.colors(report)
+    teacher, color = facts.teacher_of(report), facts.colors(report)
     bars = []
     for result in report.results:
-        distance = view.excess(result, teacher)
+        distance = facts.excess(result, teacher)
         if distance is not None:
             bars.append(Bar(result.name, distance, color[result.name]))
     if not bars or teacher is None:
@@ -44,10 +45,10 @@ def _memory(report: Report) -> Figure | None:
     shown = [r for r in report.results if r.role != "control" and (r.state_bytes or r.kv_bytes_per_token)]
     if not shown:
         return None
-    color = view.colors(report)
+    color = facts.colors(report)
     lengths = [2**e for e in range(7, 18)]
     series = [
-        Series(r.name, lengths, [view.memory_at(r, n) for n in lengths], color[r.name], r.role == "teacher")
+        Series(r.name, lengths, [facts.memory_at(r, n) for n in lengths], color[r.name], r.role == "teacher")
         for r in shown
     ]
     caption = "Memory that one sequence keeps, by its length"
@@ -69,7 +70,7 @@ def _positions(report: Report) -> list[Figure]:
     read = [r for r in report.results if r.language is not None]
     if not read:
         return []
-    color, teacher = view.colors(report), view.teacher_of(report)
+    color, teacher = facts.colors(report), facts.teacher_of(report)
     made = []
     series = []
     for r in read:
@@ -82,7 +83,7 @@ def _positions(report: Report) -> list[Figure]:
     made.append(Figure("loss-by-position", "position", caption, _position_chart(series, caption, "nats per token")))
     series = []
     for r in read:
-        if view.excess(r, teacher) is None or teacher is None or teacher.language is None or r.language is None:
+        if facts.excess(r, teacher) is None or teacher is None or teacher.language is None or r.language is None:
             continue
         pairs = list(zip(r.language.loss_by_position, teacher.language.loss_by_position, strict=True))
         series.append(Series(r.name, [a.end for a, _ in pairs], [a.loss - b.loss for a, b in pairs], color[r.name]))
@@ -110,7 +111,7 @@ def _task_differences(report: Report) -> Figure | None:
     pairs = [c for c in report.comparisons or [] if c.mcnemar_p is not None]
     if not pairs:
         return None
-    color = view.colors(report)
+    color = facts.colors(report)
     several = len({c.model for c in pairs}) > 1
     bars = [
         Bar(
@@ -129,7 +130,7 @@ def _task_differences(report: Report) -> Figure | None:
 
 def _recall(report: Report) -> list[Figure]:
     """Accuracy by length and depth, a map per task and model; controls stay out, the tables have them."""
-    color = view.colors(report)
+    color = facts.colors(report)
     made: list[Figure] = []
     shown = [r for r in report.results if r.recall and r.role != "control"]
     for task in dict.fromkeys(p.task for r in shown for p in r.recall):
@@ -152,7 +153,7 @@ def _recall(report: Report) -> list[Figure]:
 
 
 def _speed(report: Report) -> list[Figure]:
-    color = view.colors(report)
+    color = facts.colors(report)
     measured = [r for r in report.results if r.speed]
     made = []
     kinds = (
@@ -184,25 +185,40 @@ def _speed(report: Report) -> list[Figure]:
 
 def _training(report: Report, stage: Stage, index: int) -> Figure | None:
     logged = [(p.tokens, p.loss) for p in stage.curve if p.loss is not None]
-    checked = [(p.tokens, p.validation_loss) for p in stage.curve if p.validation_loss is not None]
-    if not logged and not checked:
+    if not logged:
         return None
-    series = []
-    if logged:
-        x, y = downsample([x for x, _ in logged], [y for _, y in logged])
-        series.append(Series(f"training {stage.loss_name}", x, y, 1, points=len(x) <= 30))
-    if checked:
-        series.append(Series("validation loss", [x for x, _ in checked], [y for _, y in checked], 2))
-    losses = [y for s in series for y in s.y if y > 0]
-    wide = bool(losses) and max(losses) > 20 * min(losses)
+    x, y = downsample([x for x, _ in logged], [y for _, y in logged])
+    wide = min(y) > 0 and max(y) > 20 * min(y)
     caption = f"Stage {stage.name}: {stage.loss_name} by training tokens"
     svg = line_chart(
-        series,
+        [Series(stage.loss_name, x, y, 1, points=len(x) <= 40)],
         title=caption,
         x_label="training tokens",
-        y_label=stage.loss_name + (" (log scale)" if wide else ""),
+        y_label="loss" + (" (log scale)" if wide else ""),
         y_log=wide,
         x_format=f.short_count,
         y_format=lambda v: f"{v:.3g}",
     )
     return Figure(f"training-{index + 1}-{stage.kind}", "training", caption, svg)
+
+
+def _validation(report: Report) -> Figure | None:
+    """Held-out loss over all stages, a line per stage, on the tokens of the whole training."""
+    series, before = [], 0
+    for index, stage in enumerate(report.stages):
+        points = [(before + p.tokens, p.validation_loss) for p in stage.curve if p.validation_loss is not None]
+        if points:
+            series.append(Series(stage.name, [x for x, _ in points], [y for _, y in points], 1 + index % 7))
+        before += stage.tokens
+    if not series:
+        return None
+    caption = "Validation loss during training"
+    svg = line_chart(
+        series,
+        title=caption,
+        x_label="training tokens, all stages",
+        y_label="nats per token",
+        x_format=f.short_count,
+        y_format=lambda v: f"{v:.2f}",
+    )
+    return Figure("validation-loss", "training", caption, svg)

@@ -246,7 +246,8 @@ def _axis(
         ticks = [float(base) ** e for e in exponents if (exponents[-1] - e) % every == 0]
         return (lambda v: start + (math.log(v, base) - first) / (last - first) * (end - start)), ticks
     if low == high:
-        low, high = low - 0.5, low + 0.5
+        middle = (start + end) / 2
+        return (lambda v: middle + (v - low) * (end - start)), [low]
     step = _nice((high - low) / wanted)
     if pad:
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step

@@ -1,10 +1,11 @@
-"""What a report says, before anyone decides how it looks: sentences and tables, pure functions of `Report`."""
+"""The tables of a report, before anyone decides how they look."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from t2r_evals.report import facts
 from t2r_evals.report import formats as f
-from t2r_evals.schema import Comparison, ModelResult, Report, Role
+from t2r_evals.schema import ModelResult, Report
 
 
 @dataclass(frozen=True)
@@ -28,82 +29,6 @@ class Table:
         return self.numeric[column] if self.numeric else column > 0
 
 
-def teacher_of(report: Report) -> ModelResult | None:
-    return next(iter(report.by_role("teacher")), None)
-
-
-def colors(report: Report) -> dict[str, int]:
-    """Chart colour by model name: the first teacher 0, then students, controls and further teachers 1..7."""
-    teacher = teacher_of(report)
-    roles: tuple[Role, ...] = ("student", "control", "teacher")
-    rest = [r for role in roles for r in report.by_role(role) if r is not teacher]
-    return ({teacher.name: 0} if teacher else {}) | {r.name: 1 + i % 7 for i, r in enumerate(rest)}
-
-
-def comparison_of(report: Report, model: ModelResult, measurement: str) -> Comparison | None:
-    found = (c for c in report.comparisons or [] if c.model == model.name and c.measurement == measurement)
-    return next(found, None)
-
-
-def excess(model: ModelResult, teacher: ModelResult | None) -> float | None:
-    """Loss above the teacher's in nats per token; None unless both read the same tokens."""
-    if teacher is None or model.language is None or teacher.language is None or model is teacher:
-        return None
-    if model.language.data_sha256 != teacher.language.data_sha256:
-        return None
-    return model.language.loss - teacher.language.loss
-
-
-def trained_tokens(report: Report) -> int:
-    return sum(stage.tokens for stage in report.stages)
-
-
-def verdict(report: Report) -> list[str]:
-    """The findings in sentences, the most important first."""
-    said = []
-    teacher = teacher_of(report)
-    students = report.by_role("student")
-    if report.conversion is not None:
-        said.append(_conversion_sentence(report, teacher))
-    for student in students:
-        distance = excess(student, teacher)
-        if distance is None or student.language is None or teacher is None or teacher.language is None:
-            continue
-        pair = comparison_of(report, student, "language")
-        interval = f" (95% interval {pair.low:+.3f} to {pair.high:+.3f})" if pair and pair.items > 1 else ""
-        cost = (
-            f"After {f.count(trained_tokens(report))} training tokens in {f.duration(_training_seconds(report))}, "
-            if report.stages and len(students) == 1
-            else ""
-        )
-        said.append(
-            f"{cost}{_subject(student, bool(cost))} reads held-out text at {student.language.loss:.3f} nats per token, "
-            f"{_away(distance)} the teacher's {teacher.language.loss:.3f}{interval}."
-        )
-        said += _control_sentences(report, student, teacher, distance)
-    for student in students[:1]:
-        cross = crossover(student, teacher)
-        if cross is not None and student.state_bytes is not None:
-            said.append(
-                f"{_subject(student)} keeps {f.size(student.state_bytes)} of state per sequence at any length; "
-                f"the teacher's KV cache is larger from {cross:,} tokens on."
-            )
-        said += idle_components(student)
-        if teacher is not None:
-            said += _speed_sentences(student, teacher)
-    return said
-
-
-def idle_components(result: ModelResult) -> list[str]:
-    """A sentence per component without which the model reads as well as with it."""
-    return [
-        f"Warning: without {c.component} the loss changes by {c.difference:+.3f} ({c.low:+.3f} to {c.high:+.3f}): "
-        "this path contributes nothing that the text can show."
-        for c in result.components
-        if c.low <= 0
-    ]
-
-
 def component_table(report: Report) -> Table | None:
     """Hybrids with each component switched off in turn."""
     rows = [
@@ -123,84 +48,19 @@ def component_table(report: Report) -> Table | None:
     return Table(columns, rows, note, [False, False, True, True, True, True]) if rows else None
 
 
-def _speed_sentences(student: ModelResult, teacher: ModelResult) -> list[str]:
-    """Where the student overtakes the teacher in decoding at batch 1, or that it does not."""
-    mine, other = ({p.context: p for p in r.speed if p.batch == 1} for r in (student, teacher))
-    shared = sorted(set(mine) & set(other))
-    if not shared:
-        return []
-    ratios = {n: mine[n].decode_tokens_per_second / other[n].decode_tokens_per_second for n in shared}
-    ahead = next((n for i, n in enumerate(shared) if all(ratios[m] > 1 for m in shared[i:])), None)
-    longest = shared[-1]
-    if ahead is None:
-        return [f"It decodes slower than the teacher up to {longest:,} tokens of context ({ratios[longest]:.2f} x)."]
-    gain = f"{ratios[longest]:.1f} x at {longest:,}"
-    return [f"It decodes faster than the teacher from {ahead:,} tokens of context on; {gain}."]
-
-
-def _conversion_sentence(report: Report, teacher: ModelResult | None) -> str:
-    assert report.conversion is not None
-    c = report.conversion
-    source = report.source or (teacher.name if teacher else "the teacher")
-    layers = f" in {c.layers_converted} of {c.layers_total} layers" if c.layers_total else ""
-    new = (
-        f"; {f.count(c.parameters_new)} of its {f.count(c.parameters_after)} parameters are new"
-        if c.parameters_new is not None and c.parameters_after
-        else ""
-    )
-    return f"{source} was converted to {c.mixer}{layers}{new}."
-
-
-def _control_sentences(report: Report, student: ModelResult, teacher: ModelResult, distance: float) -> list[str]:
-    known = [(control, excess(control, teacher)) for control in report.by_role("control")]
-    controls = [(control, value) for control, value in known if value is not None]
-    if not controls:
-        return []
-    listed = ", ".join(f"{control.name} {value:+.3f}" for control, value in controls)
-    ahead = [control.name for control, value in controls if value <= distance]
-    if ahead:
-        return [
-            f"Controls, above the teacher: {listed}. {_subject(student)} does not beat {' and '.join(ahead)} on loss."
-        ]
-    return [
-        f"Controls, above the teacher: {listed}. {_subject(student)} beats {'each' if len(controls) > 1 else 'it'}."
-    ]
-
-
-def _subject(result: ModelResult, inside: bool = False) -> str:
-    """How a sentence calls a model: by its name, unless that is only its role."""
-    return result.name if result.name != result.role else f"{'the' if inside else 'The'} {result.role}"
-
-
-def _away(distance: float) -> str:
-    return f"{abs(distance):.3f} {'above' if distance >= 0 else 'below'}"
-
-
-def _training_seconds(report: Report) -> float:
-    return sum(stage.seconds for stage in report.stages)
-
-
-def crossover(student: ModelResult, teacher: ModelResult | None) -> int | None:
-    """First context length at which the teacher's KV cache is larger than the student's state and cache."""
-    if teacher is None or not student.state_bytes or not teacher.kv_bytes_per_token:
-        return None
-    growth = teacher.kv_bytes_per_token - (student.kv_bytes_per_token or 0)
-    return student.state_bytes // growth + 1 if growth > 0 else None
-
-
 def language_table(report: Report) -> Table | None:
     """One row per model: loss, excess over the teacher, perplexity, bits per byte, far repeats, KL."""
     read = [r for r in report.results if r.language is not None]
     if not read:
         return None
-    teacher = teacher_of(report)
+    teacher = facts.teacher_of(report)
     with_kl = any(r.language and r.language.kl_to_teacher is not None for r in read)
     columns = ["model", "loss", "above teacher", "perplexity", "bits/byte", "far-repeat loss", "above teacher (far)"]
     rows = []
     for result in read:
         spoken = result.language
         assert spoken is not None
-        distance = excess(result, teacher)
+        distance = facts.excess(result, teacher)
         far = None
         if distance is not None and teacher and teacher.language and spoken.far_repeat_loss is not None:
             far_teacher = teacher.language.far_repeat_loss
@@ -244,16 +104,11 @@ def size_table(report: Report) -> Table | None:
                 Cell(f.count(r.parameters), r.parameters),
                 Cell(f.size(r.state_bytes or None), r.state_bytes),
                 Cell(f.size(r.kv_bytes_per_token or None), r.kv_bytes_per_token),
-                *[Cell(f.size(memory_at(r, n)), memory_at(r, n)) for n in (2048, 32768, 131072)],
+                *[Cell(f.size(facts.memory_at(r, n)), facts.memory_at(r, n)) for n in (2048, 32768, 131072)],
             ]
         )
     columns = ["model", "parameters", "state", "KV cache per token", "at 2K tokens", "at 32K", "at 128K"]
     return Table(columns, rows, "Memory of one sequence beside the weights.")
-
-
-def memory_at(result: ModelResult, tokens: int) -> int:
-    """Bytes that a sequence of `tokens` keeps."""
-    return (result.state_bytes or 0) + (result.kv_bytes_per_token or 0) * tokens
 
 
 def task_table(report: Report) -> Table | None:
@@ -262,7 +117,7 @@ def task_table(report: Report) -> Table | None:
     if not tasks:
         return None
     models = [r for r in report.results if r.tasks]
-    students = [r for r in models if r.role == "student" and any(comparison_of(report, r, t) for t in tasks)]
+    students = [r for r in models if r.role == "student" and any(facts.comparison_of(report, r, t) for t in tasks)]
     columns = ["task", "metric", "shots", "documents", "chance", *[r.name for r in models]]
     columns += [f"recovered, {r.name}" if len(students) > 1 else "recovered, %" for r in students]
     rows = []
@@ -277,7 +132,7 @@ def task_table(report: Report) -> Table | None:
         ]
         row += [_score(r, task) for r in models]
         for r in students:
-            pair = comparison_of(report, r, task)
+            pair = facts.comparison_of(report, r, task)
             value = pair.recovered if pair else None
             row.append(Cell(f.percent(value), value))
         rows.append(row)

@@ -1,0 +1,116 @@
+"""The findings of a report in sentences, the most important first."""
+
+from t2r_evals.report import facts
+from t2r_evals.report import formats as f
+from t2r_evals.schema import ModelResult, Report
+
+UNTRAINED = "no training"  # how a run calls the converted model before any training
+
+
+def verdict(report: Report) -> list[str]:
+    """The findings in sentences, the most important first."""
+    said = []
+    teacher = facts.teacher_of(report)
+    students = report.by_role("student")
+    if report.conversion is not None:
+        said.append(_conversion_sentence(report, teacher))
+    for student in students:
+        distance = facts.excess(student, teacher)
+        if distance is None or student.language is None or teacher is None or teacher.language is None:
+            continue
+        pair = facts.comparison_of(report, student, "language")
+        interval = f" (95% interval {pair.low:+.3f} to {pair.high:+.3f})" if pair and pair.items > 1 else ""
+        cost = ""
+        if report.stages and len(students) == 1:
+            tokens, seconds = facts.trained_tokens(report), facts.training_seconds(report)
+            cost = f"After {f.count(tokens)} training tokens in {f.duration(seconds)}, "
+        said.append(
+            f"{cost}{_subject(student, bool(cost))} reads held-out text at {student.language.loss:.3f} nats per token, "
+            f"{_away(distance)} the teacher's {teacher.language.loss:.3f}{interval}."
+        )
+        said += _control_sentences(report, student, teacher, distance)
+    for student in students[:1]:
+        cross = facts.crossover(student, teacher)
+        if cross is not None and student.state_bytes is not None:
+            said.append(
+                f"{_subject(student)} keeps {f.size(student.state_bytes)} of state per sequence at any length; "
+                f"the teacher's KV cache is larger from {cross:,} tokens on."
+            )
+        said += idle_components(student)
+        if teacher is not None:
+            said += _speed_sentences(student, teacher)
+    return said
+
+
+def idle_components(result: ModelResult) -> list[str]:
+    """A sentence per component without which the model reads as well as with it."""
+    return [
+        f"Warning: without {c.component} the loss changes by {c.difference:+.3f} ({c.low:+.3f} to {c.high:+.3f}): "
+        "this path contributes nothing that the text can show."
+        for c in result.components
+        if c.low <= 0
+    ]
+
+
+def _speed_sentences(student: ModelResult, teacher: ModelResult) -> list[str]:
+    """Where the student overtakes the teacher in decoding at batch 1, or that it does not."""
+    mine, other = ({p.context: p for p in r.speed if p.batch == 1} for r in (student, teacher))
+    shared = sorted(set(mine) & set(other))
+    if not shared:
+        return []
+    ratios = {n: mine[n].decode_tokens_per_second / other[n].decode_tokens_per_second for n in shared}
+    ahead = next((n for i, n in enumerate(shared) if all(ratios[m] > 1 for m in shared[i:])), None)
+    longest = shared[-1]
+    if ahead is None:
+        return [f"It decodes slower than the teacher up to {longest:,} tokens of context ({ratios[longest]:.2f} x)."]
+    gain = f"{ratios[longest]:.1f} x at {longest:,}"
+    return [f"It decodes faster than the teacher from {ahead:,} tokens of context on; {gain}."]
+
+
+def _conversion_sentence(report: Report, teacher: ModelResult | None) -> str:
+    assert report.conversion is not None
+    c = report.conversion
+    source = report.source or (teacher.name if teacher else "the teacher")
+    layers = f" in {c.layers_converted} of {c.layers_total} layers" if c.layers_total else ""
+    new = (
+        f"; {f.count(c.parameters_new)} of its {f.count(c.parameters_after)} parameters are new"
+        if c.parameters_new is not None and c.parameters_after
+        else ""
+    )
+    return f"{source} was converted to {c.mixer}{layers}{new}."
+
+
+def _control_sentences(report: Report, student: ModelResult, teacher: ModelResult, distance: float) -> list[str]:
+    known = [(control, facts.excess(control, teacher)) for control in report.by_role("control")]
+    controls = [(control, value) for control, value in known if value is not None]
+    if not controls:
+        return []
+    listed = ", ".join(f"{control.name} {value:+.3f}" for control, value in controls)
+    ahead = [control.name for control, value in controls if value <= distance]
+    if ahead:
+        return [
+            f"Controls, above the teacher: {listed}. {_subject(student)} does not beat {' and '.join(ahead)} on loss."
+        ]
+    return [
+        f"Controls, above the teacher: {listed}. {_subject(student)} beats {'each' if len(controls) > 1 else 'it'}.",
+        *(_closed_gap(report, value, distance) for control, value in controls if control.name == UNTRAINED),
+    ]
+
+
+def _closed_gap(report: Report, start: float, end: float) -> str:
+    """What training achieved of what it could, and its price; `start` > `end` above the teacher, in nats."""
+    closed = 100 * (start - end) / start
+    price = ""
+    if report.stages:
+        tokens, seconds = facts.trained_tokens(report) / closed, facts.training_seconds(report) / closed
+        price = f", at {f.count(tokens)} tokens and {f.duration(seconds)} per percent"
+    return f"Training closed {closed:.0f}% of the gap that conversion had opened{price}."
+
+
+def _subject(result: ModelResult, inside: bool = False) -> str:
+    """How a sentence calls a model: by its name, unless that is only its role."""
+    return result.name if result.name != result.role else f"{'the' if inside else 'The'} {result.role}"
+
+
+def _away(distance: float) -> str:
+    return f"{abs(distance):.3f} {'above' if distance >= 0 else 'below'}"
