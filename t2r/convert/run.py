@@ -4,8 +4,9 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def write_weights(
     sums: dict[str, str] = {}
     checks: list[Future[None]] = []
     total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
-    with Progress("weights", total) as progress, ThreadPoolExecutor(1, thread_name_prefix="verify") as verifier:
+    verifying = ThreadPoolExecutor(1, thread_name_prefix="verify")
+    with _one_torch_thread(), Progress("weights", total) as progress, verifying as verifier:
         for file, tensors in shards.items():
             path = folder / file
             sums[file] = write_shard(path, tensors, new, allow_nonfinite=allow_nonfinite, advance=progress.advance)
@@ -162,6 +164,17 @@ def write_weights(
     if len(shards) > 1:
         write_json(folder / INDEX, build_index(shards))
     return sums
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The work is spread over threads of our own already; torch's would only wait for each other on small blocks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_tied(plan: Plan) -> None:

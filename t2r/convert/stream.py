@@ -19,7 +19,7 @@ from t2r.convert.plan import TensorPlan
 from t2r.errors import InputError
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 2 << 20  # stays in a core's cache between being read, looked at and written
 
 
 class NewTensors(Protocol):

@@ -25,13 +25,16 @@ from t2r.convert.headers import build_header
 from t2r.convert.plan import TensorPlan, build_index, group_into_shards
 
 CONVERT = """
-import json, resource, sys, time
+import json, re, sys, time
+from pathlib import Path
 from t2r.convert import convert
 from t2r.model.mixers import parse_options
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not ru_maxrss, which starts at the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 before, start = peak(), time.perf_counter()
 convert(sys.argv[1], sys.argv[2], mixers=parse_options({"name": "gsa"}))
-print(json.dumps({"seconds": time.perf_counter() - start, "above_interpreter": peak() - before}))
+seconds, cpu = time.perf_counter() - start, time.process_time()
+print(json.dumps({"seconds": seconds, "cpu": cpu, "above_interpreter": peak() - before}))
 """
 
 
@@ -96,6 +99,7 @@ def main() -> None:
                 "cp_and_sync_seconds": round(copy, 1),
                 "convert_seconds": round(found["seconds"], 1),
                 "ratio": round(found["seconds"] / copy, 2),
+                "convert_cpu_seconds": round(found["cpu"], 1),
                 "peak_megabytes_above_interpreter": round(found["above_interpreter"] / 1e6),
                 "bound_megabytes": round((2 * largest) / 1e6 + 300),
             }

@@ -38,8 +38,9 @@ def make_fla(folder: Path, *, layout: str = "today", dtype: torch.dtype = torch.
     for layer in range(LAYERS):
         of_layer = {"attn.q_proj": (HIDDEN, HIDDEN), "attn.k_proj": (kv, HIDDEN), "attn.v_proj": (kv, HIDDEN),
                     "attn.f_proj": (KV_HEADS * SLOTS, HIDDEN), "attn.o_proj": (HIDDEN, HIDDEN),
-                    "attn.g_norm": (HIDDEN,), "attn_norm": (HIDDEN,), "mlp_norm": (HIDDEN,), "mlp.gate_proj": (MLP, HIDDEN),
-                    "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP)}  # fmt: skip
+                    "attn.g_norm": (HIDDEN,), "attn_norm": (HIDDEN,), "mlp_norm": (HIDDEN,),
+                    "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN),
+                    "mlp.down_proj": (HIDDEN, MLP)}  # fmt: skip
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
     tensors = {name: torch.randn(shape).mul(0.2).add(len(shape) == 1).to(dtype) for name, shape in shapes.items()}
     if layout == "merged":
