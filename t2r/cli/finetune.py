@@ -29,15 +29,13 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str, dry_run: 
         click.echo(dump(recipe), nl=False)
         click.echo(_outline(recipe))
         return
-    from accelerate import PartialState
-
     from t2r.convert import convert
     from t2r.publish import CONFIG
     from t2r.resources import resolve
-    from t2r.train import finetune
+    from t2r.train import finetune, processes
 
     folder = RunFolder(recipe)
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         folder.claim()
         if not (folder.converted / CONFIG).is_file():

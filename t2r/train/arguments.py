@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from t2r.errors import InputError
@@ -13,6 +15,11 @@ from t2r.model.mixers import MIXERS
 from t2r.recipe import AlignStage, Recipe, Stage
 
 logger = logging.getLogger(__name__)
+
+
+def processes() -> PartialState:
+    """torchrun's processes, or this one alone."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
@@ -24,23 +31,24 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
     Raises:
         InputError: a tracker that is not installed, or a batch that the processes cannot share evenly.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    number = processes().num_processes
     rows = stage.batch_tokens // stage.sequence_length
-    if rows % (stage.micro_batch_size * processes):
+    if rows % (stage.micro_batch_size * number):
         raise InputError(
-            f"stages: {stage.kind}: batch_tokens / sequence_length = {rows} rows cannot be shared by {processes} "
+            f"stages: {stage.kind}: batch_tokens / sequence_length = {rows} rows cannot be shared by {number} "
             f"processes of micro_batch_size {stage.micro_batch_size}"
         )
     args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.micro_batch_size,
-        gradient_accumulation_steps=rows // (stage.micro_batch_size * processes),
+        gradient_accumulation_steps=rows // (stage.micro_batch_size * number),
         learning_rate=stage.lr.mixer,
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],
         max_grad_norm=stage.clip or 0.0,
         bf16=stage.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
         seed=recipe.seed,
         logging_steps=stage.log_every,
         logging_nan_inf_filter=False,
@@ -54,7 +62,7 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
         report_to=_trackers(recipe, folder),
         run_name=f"{Path(recipe.output).name}-{folder.name}",
         project=recipe.log.project,
-        **_sharding(recipe, stage, processes),
+        **_sharding(recipe, stage, number),
     )
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible and one is used; start with torchrun to use more.", args.n_gpu)
@@ -74,8 +82,8 @@ def _trackers(recipe: Recipe, folder: Path) -> list[str]:
     return asked or ["none"]
 
 
-def _sharding(recipe: Recipe, stage: Stage, processes: int) -> dict[str, Any]:
-    if recipe.distributed.fsdp is None or processes == 1:
+def _sharding(recipe: Recipe, stage: Stage, number: int) -> dict[str, Any]:
+    if recipe.distributed.fsdp is None or number == 1:
         return {}
     if stage.adapter is not None:
         raise InputError("distributed.fsdp: not together with an adapter; leave fsdp out (DDP) for that stage's run")

@@ -8,6 +8,7 @@ import bz2
 import copy
 import glob
 import gzip
+import io
 import json
 import lzma
 import re
@@ -70,9 +71,7 @@ def _local_files(text: str) -> list[Path] | None:
     path = Path(text)
     if path.is_file():
         if _kind(path) is None:
-            raise InputError(
-                f"{path}: cannot be read as data; known are {', '.join(_KINDS)}, also .gz, .xz, .bz2, .zst"
-            )
+            raise InputError(f"{path}: not data that can be read ({', '.join(_KINDS)}, also .gz, .xz, .bz2, .zst)")
         return [path]
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
@@ -97,7 +96,7 @@ def _kind(path: Path) -> str | None:
 def _zstd(path: Path) -> IO[bytes]:
     import pyarrow
 
-    return pyarrow.input_stream(str(path), compression="zstd")
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
 _COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {
@@ -157,7 +156,7 @@ def _documents(path: Path, options: DataSource) -> Iterator[str]:
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        raise InputError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from None
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -250,8 +249,8 @@ class HubReader:
     """One pass over a streamed data set. The cursor is the data set's own state."""
 
     def __init__(self, dataset: Any, field: str, name: str, cursor: Cursor | None) -> None:
-        # A copy: `load_state_dict` would stay with the data set and move the start of the next epoch too.
-        self._dataset = copy.copy(dataset)
+        # A deep copy: a data set keeps its place, and the next epoch would begin where this pass was resumed.
+        self._dataset = copy.deepcopy(dataset)
         self._field = field
         self._name = name
         self._start = cursor

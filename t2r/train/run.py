@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from t2r.errors import InputError
 from t2r.model import load
@@ -18,7 +17,7 @@ from t2r.publish import CONFIG, MANIFEST, publish, verify_manifest
 from t2r.recipe import AlignStage, FinetuneStage, Recipe, RunFolder, Stage, StageFolder
 from t2r.resources import resolve
 from t2r.train import checkpoints
-from t2r.train.arguments import training_arguments
+from t2r.train.arguments import processes, training_arguments
 from t2r.train.documents import Source, open_source, read_documents
 from t2r.train.objectives import make_objective
 from t2r.train.packing import Batches, Loader, PackedRows, State, validation_windows
@@ -52,7 +51,7 @@ def finetune(recipe: Recipe, *, resume: Resume | str = "auto") -> Path:
     folder = RunFolder(recipe)
     if not (folder.converted / CONFIG).is_file():
         raise InputError(f"{folder.converted}: no converted student there; `t2r finetune` and `t2r run` convert first")
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         folder.claim()
         _reset(folder, resume)
@@ -121,6 +120,7 @@ class _StageRun:
     ) -> None:
         """Train from the newest checkpoint or from the start, and publish unless a signal came before the end."""
         stage = self.stage
+        set_seed(self.recipe.seed)  # the Trainer does so too, but after an adapter has drawn its start
         student, tokenizer = load(before, dtype=torch.float32, device="cpu")
         checkpoint = checkpoints.newest_verified(self.place.checkpoints)
         step = checkpoints.step_of(checkpoint) if checkpoint else 0
@@ -135,7 +135,9 @@ class _StageRun:
             if validation
             else []
         )
-        progress = ProgressCallback(stage, self.place.log, title=self.place.path.name, step=step)
+        progress = None
+        if self.args.process_index == 0:
+            progress = ProgressCallback(stage, self.place.log, title=self.place.path.name, step=step)
         objective = make_objective(stage, teacher)
         model = self._trainable(student, before)
         with objective.installed(student):
@@ -147,13 +149,13 @@ class _StageRun:
                 loader=loader,
                 validation=windows,
                 stop=self.stop,
-                callbacks=[progress] if self.args.process_index == 0 else [],
+                callbacks=[progress] if progress else [],
             )
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < stage.steps:
             assert self.stop.received is not None
             self.stop.end()
-        self._publish(trainer, before, progress.seconds, loader.state)
+        self._publish(trainer, before, progress, loader.state)
 
     def _trainable(self, student: Any, before: Path) -> Any:
         stage = self.stage
@@ -180,10 +182,13 @@ class _StageRun:
         )
         return Loader(batches, workers=int(self.args.device.type == "cuda"))
 
-    def _publish(self, trainer: StageTrainer, before: Path, seconds: float, data_state: State | None) -> None:
+    def _publish(
+        self, trainer: StageTrainer, before: Path, progress: ProgressCallback | None, data_state: State | None
+    ) -> None:
         sharded = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
-        if self.args.process_index:
+        if progress is None:
             return
+        seconds = progress.seconds
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if self.stage.adapter is not None:
             with publish(self.place.adapter, overwrite=True) as staging:

@@ -1,0 +1,331 @@
+"""A run of stages on real (tiny) models: it learns, and nothing that can happen to it costs more than it must."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from t2r.convert import convert
+from t2r.errors import InputError
+from t2r.publish import verify_manifest
+from t2r.recipe import Recipe, RunFolder, dump
+from t2r.train import NonFiniteError, checkpoints, finetune, objectives
+from t2r.train.progress import ProgressCallback, read_log
+from t2r.train.trainer import StageTrainer
+
+MakeRecipe = Callable[..., Recipe]
+STAGES: dict[str, dict[str, Any]] = {
+    "align": {"kind": "align"},
+    "distill": {"kind": "distill", "teacher_top_k": 16, "ce_weight": 0.1, "gradient_checkpointing": True},
+    "finetune": {"kind": "finetune", "train": "all"},
+    "lora": {"kind": "finetune", "adapter": {"kind": "lora", "r": 2, "dropout": 0.2}},
+}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_log(folder) if "loss" in line]
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal while it is in a step."""
+
+    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(ProgressCallback, "on_step_begin", on_step_begin)
+
+
+def test_every_stage_learns_and_leaves_what_it_says(make_recipe: MakeRecipe, text_file: Path) -> None:
+    stages = [{**STAGES[name], "tokens": 2560} for name in ("align", "distill", "lora")]
+    stages[2]["lr"] = 0.03
+    # `paper` starts far from its teacher, so that a few steps show.
+    mixer = {"name": "gsa", "style": "paper", "slots": 8, "layers": "0,2"}
+    recipe = make_recipe(*stages, mixer=mixer, data={"validation": {"source": str(text_file)}})
+    folder = RunFolder(recipe)
+    before = folder.converted
+    before.unlink()
+    convert(recipe.model.source, before, mixers=recipe.mixer, dtype="float32")
+    final = finetune(recipe)
+    assert final == folder.model
+    for stage, place in zip(recipe.stages, folder.stages, strict=True):
+        log = read_log(place.log)
+        training = [line for line in log if "loss" in line]
+        assert [line["step"] for line in training] == list(range(1, 21))
+        assert training[-1]["tokens"] == 2560
+        first, last = (sum(line["loss"] for line in part) / 4 for part in (training[:4], training[-4:]))
+        assert last < 0.95 * first, stage.kind
+        assert [line for line in log if "validation_loss" in line]
+        assert training[0].keys() >= {"loss", "lr", "grad_norm", "tokens_per_second", "seconds"}
+        summary = json.loads(place.summary.read_text())
+        assert (summary["kind"], summary["tokens"], summary["steps"]) == (stage.kind, 2560, 20)
+        assert not verify_manifest(place.model)
+        assert (place.model / "tokenizer.json").read_bytes() == (before / "tokenizer.json").read_bytes()
+        assert not [path for path in place.path.rglob("*") if path.suffix in (".bin", ".pkl", ".pt", ".pth")]
+    assert not verify_manifest(final)
+    assert same(weights(final), weights(folder.stages[-1].model))
+    assert AutoModelForCausalLM.from_pretrained(final, trust_remote_code=False).config.use_cache
+    untouched = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(weights(folder.stages[0].model)[untouched], weights(before)[untouched])
+    assert not torch.equal(weights(folder.stages[1].model)[untouched], weights(before)[untouched])
+    assert finetune(recipe) == final  # nothing left to do
+
+
+def test_stages_read_on_where_the_one_before_stopped(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(STAGES["align"], STAGES["finetune"])
+    finetune(recipe)
+    states = [json.loads(place.summary.read_text())["data_state"] for place in RunFolder(recipe).stages]
+    assert states[0] != states[1]
+    whole = make_recipe({**STAGES["align"], "tokens": 1536}, output="whole")
+    finetune(whole)
+    assert json.loads(RunFolder(whole).stages[0].summary.read_text())["data_state"] == states[1]
+
+
+def test_an_adapter_reloads_and_merges_to_the_stages_model(make_recipe: MakeRecipe) -> None:
+    from peft import PeftModel
+
+    recipe = make_recipe({**STAGES["lora"], "lr": 0.05})
+    folder = RunFolder(recipe)
+    finetune(recipe)
+    place = folder.stages[0]
+    assert not verify_manifest(place.adapter)
+    names = {path.name for path in place.adapter.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    config = json.loads((place.adapter / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], trust_remote_code=False)
+    merged = PeftModel.from_pretrained(base, place.adapter).merge_and_unload()
+    trained = weights(place.model)
+    for name, value in merged.named_parameters():
+        torch.testing.assert_close(value.detach(), trained[name], rtol=0, atol=1e-6)
+    changed = [name for name, value in trained.items() if not torch.equal(value, weights(folder.converted)[name])]
+    assert {name.rsplit(".", 2)[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    whole, broken = (make_recipe(STAGES[name], output=output) for output in ("whole", "broken"))
+    finetune(whole)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3)
+        with pytest.raises(SystemExit) as stopped:
+            finetune(broken)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    place = RunFolder(broken).stages[0]
+    assert [path.name for path in checkpoints.list_checkpoints(place.checkpoints)] == ["step-00000003"]
+    assert not place.model.exists()
+    finetune(broken)
+    assert same(weights(RunFolder(broken).model), weights(RunFolder(whole).model))
+    assert losses(place.log) == losses(RunFolder(whole).stages[0].log)
+
+
+def test_ctrl_c_saves_and_ends_as_ctrl_c(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(STAGES["align"])
+    signal_at(monkeypatch, 2, signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoints.newest_verified(RunFolder(recipe).stages[0].checkpoints)
+
+
+def test_rotation_keeps_the_newest_by_step(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({**STAGES["align"], "save_every": 1, "save_total_limit": 2})
+    finetune(recipe)
+    kept = checkpoints.list_checkpoints(RunFolder(recipe).stages[0].checkpoints)
+    assert [checkpoints.step_of(path) for path in kept] == [4, 5]
+
+
+def test_rotation_never_removes_the_one_that_verifies(tmp_path: Path) -> None:
+    for step in (8, 9, 10):
+        checkpoints.path_of(tmp_path, step).mkdir()  # broken ones, of later steps
+    good = checkpoints.path_of(tmp_path, 5)
+    good.mkdir()
+    checkpoints.rotate(tmp_path, 1, good)
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [5, 10]
+
+
+def interrupted(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, output: str = "run") -> Recipe:
+    """A run stopped after step 4, with checkpoints of steps 2 and 4."""
+    recipe = make_recipe({**STAGES["align"], "save_every": 2}, output=output)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4)
+        with pytest.raises(SystemExit):
+            finetune(recipe)
+    return recipe
+
+
+@pytest.mark.parametrize("damage", ["truncate", "optimizer.pt", "rng_state.pth", "scheduler.pt", "manifest.json"])
+def test_resume_steps_back_over_a_broken_checkpoint_and_says_so(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    recipe = interrupted(make_recipe, monkeypatch)
+    place = RunFolder(recipe).stages[0]
+    newest = checkpoints.path_of(place.checkpoints, 4)
+    if damage == "truncate":
+        file = newest / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    else:
+        (newest / damage).unlink()
+    assert checkpoints.newest_verified(place.checkpoints) == checkpoints.path_of(place.checkpoints, 2)
+    assert "step-00000004 does not verify" in caplog.text
+    if damage == "truncate":
+        finetune(recipe)
+        assert [step for step, _ in losses(place.log)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_without_its_optimizer_does_not_verify_even_with_a_fitting_manifest(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = RunFolder(interrupted(make_recipe, monkeypatch)).stages[0]
+    newest = checkpoints.path_of(place.checkpoints, 4)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    del manifest["files"]["optimizer.pt"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    (newest / "optimizer.pt").unlink()
+    assert checkpoints.problems(newest) == [f"{newest}: no optimizer state"]
+
+
+def test_resume_from_a_path_and_never(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_recipe({**STAGES["align"], "save_every": 2}, output="whole")
+    finetune(whole)
+    recipe = interrupted(make_recipe, monkeypatch)
+    place = RunFolder(recipe).stages[0]
+    with pytest.raises(InputError, match="not a checkpoint of this run"):
+        finetune(recipe, resume=Path("elsewhere/step-00000002"))
+    finetune(recipe, resume=checkpoints.path_of(place.checkpoints, 2))
+    assert same(weights(RunFolder(recipe).model), weights(RunFolder(whole).model))
+    finetune(recipe, resume="never")
+    assert same(weights(RunFolder(recipe).model), weights(RunFolder(whole).model))
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe({**STAGES["align"], "save_every": 2})
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    script = textwrap.dedent(
+        """
+        import os, sys
+        from t2r.recipe import load_recipe
+        from t2r.train import finetune
+        from t2r.train.trainer import StageTrainer
+
+        save = StageTrainer._save_rng_state
+        def killed(self, folder):
+            save(self, folder)
+            if self.state.global_step == 4:
+                os._exit(9)
+        StageTrainer._save_rng_state = killed
+        finetune(load_recipe(sys.argv[1]))
+        """
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "recipe.yaml")], capture_output=True, text=True
+    )
+    assert ended.returncode == 9, ended.stderr
+    place = RunFolder(recipe).stages[0]
+    assert list(place.checkpoints.glob(".step-00000004.partial-*"))
+    assert checkpoints.newest_verified(place.checkpoints) == checkpoints.path_of(place.checkpoints, 2)
+    finetune(recipe)
+    assert not list(place.checkpoints.glob(".*"))
+    whole = make_recipe({**STAGES["align"], "save_every": 2}, output="whole")
+    finetune(whole)
+    assert same(weights(RunFolder(recipe).model), weights(RunFolder(whole).model))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_non_finite_value_stops_before_the_update(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    recipe = make_recipe({**STAGES["align"], "save_every": 2})
+    steps: list[int] = []
+    plain = objectives.Align.loss
+
+    def loss(self: Any, student: Any, batch: Any, **prepared: Any) -> torch.Tensor:
+        value = plain(self, student, batch, **prepared)
+        steps.append(len(steps) + 1)
+        if len(steps) < 8:  # two micro-batches a step: the eighth is in step 4
+            return value
+        return value * torch.nan if what == "loss" else value + (value - value.detach()).sqrt()
+
+    updates: list[int] = []
+    monkeypatch.setattr(objectives.Align, "loss", loss)
+    monkeypatch.setattr(
+        ProgressCallback, "on_optimizer_step", lambda self, args, state, control, **_: updates.append(1), raising=False
+    )
+    with pytest.raises(NonFiniteError, match=rf"align step 4: {what} is nan; stopped before the update, .*step-0*2"):
+        finetune(recipe)
+    assert NonFiniteError.exit_code == 1
+    assert len(updates) == 3
+    place = RunFolder(recipe).stages[0]
+    assert checkpoints.newest_verified(place.checkpoints) == checkpoints.path_of(place.checkpoints, 2)
+    assert not place.model.exists()
+
+
+def test_a_folder_of_another_recipe_is_refused(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(make_recipe, monkeypatch)
+    with pytest.raises(InputError, match=r"another recipe \(stages.0.lr.mixer is 0.01 there, 0.02 here\)"):
+        finetune(make_recipe({**STAGES["align"], "save_every": 2, "lr": 0.02}))
+    # how often it saves, and what follows, is free
+    finetune(make_recipe({**STAGES["align"], "save_every": 3}, STAGES["finetune"]))
+
+
+def test_without_a_converted_student(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(STAGES["align"])
+    RunFolder(recipe).converted.unlink()
+    with pytest.raises(InputError, match="no converted student"):
+        finetune(recipe)
+    assert not RunFolder(recipe).recipe_file.exists()
+
+
+def test_bf16_trains_fp32_weights(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    create = StageTrainer.create_optimizer
+
+    def spy(self: Any, model: Any = None) -> Any:
+        seen["parameters"] = {p.dtype for p in self.model.parameters()}
+        return create(self, model)
+
+    monkeypatch.setattr(StageTrainer, "create_optimizer", spy)
+    recipe = make_recipe({**STAGES["distill"], "precision": "bf16"})
+    finetune(recipe)
+    assert seen["parameters"] == {torch.float32}
+    history = losses(RunFolder(recipe).stages[0].log)
+    assert history[-1][1] < history[0][1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    alone = make_recipe(STAGES["distill"], output="alone")
+    finetune(alone)
+    recipe = make_recipe(STAGES["distill"], output="pair")
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    ended = subprocess.run(
+        [*torchrun, "-m", "t2r", "finetune", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert ended.returncode == 0, ended.stderr
+    one, two = (losses(RunFolder(r).stages[0].log) for r in (alone, recipe))
+    assert [step for step, _ in one] == [step for step, _ in two]
+    torch.testing.assert_close([x for _, x in two], [x for _, x in one], rtol=1e-4, atol=1e-5)
