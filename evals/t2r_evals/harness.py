@@ -18,12 +18,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from t2r_evals.cloze import context_length
 from t2r_evals.errors import InputError
 from t2r_evals.offline import offline_data, tree_key
 from t2r_evals.schema import TaskMetric, TaskResult
 from t2r_evals.suites import TaskSpec, resolve_tasks
 
 logger = logging.getLogger(__name__)
+
+# Task definitions of our own: beside this package in a checkout, with t2r in an installation.
+OWN_TASKS = next(
+    (
+        folder
+        for folder in (Path(__file__).parents[1] / "tasks", Path(__file__).parents[1] / "t2r" / "_shipped" / "tasks")
+        if folder.is_dir()
+    ),
+    None,
+)
 
 # The metric that tables show, where a suite names none: the first of these that the task reports.
 _PRIMARY = ("acc_norm", "acc", "exact_match", "contains", "f1", "word_perplexity")
@@ -56,7 +67,7 @@ def run_tasks(
         InputError: an unknown task, or no data for one.
     """
     folder = folder and Path(folder).resolve()
-    manager = _task_manager(tasks_root)
+    manager = task_manager(tasks_root)
     for spec in tasks:
         _check_known(spec.task, manager)
     settings = {
@@ -92,20 +103,20 @@ def check_tasks(suites: Sequence[str], tasks: Sequence[str], tasks_root: Path | 
     """Fail before any model is loaded: InputError on an unknown suite or task."""
     specs = resolve_tasks(suites, tasks, None)
     if specs:
-        manager = _task_manager(tasks_root)
+        manager = task_manager(tasks_root)
         for spec in specs:
             _check_known(spec.task, manager)
 
 
 @cache
-def _task_manager(tasks_root: Path | None) -> Any:
+def task_manager(tasks_root: Path | None) -> Any:
     """lm-eval's index of its thousands of definitions; reading them takes seconds, once per process."""
     from lm_eval.tasks import TaskManager
 
     if tasks_root is not None and not Path(tasks_root).is_dir():
         raise InputError(f"tasks_root: {tasks_root} is not a folder")
     with _quiet():
-        return TaskManager(include_path=None if tasks_root is None else str(Path(tasks_root).resolve()))
+        return TaskManager(include_path=[str(Path(root).resolve()) for root in (OWN_TASKS, tasks_root) if root])
 
 
 def _check_known(name: str, manager: Any) -> None:
@@ -113,6 +124,22 @@ def _check_known(name: str, manager: Any) -> None:
     if name not in manager.task_index:
         near = difflib.get_close_matches(name, manager.all_tasks, n=1)
         raise InputError(f"tasks: {name!r} is no lm-eval task" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def load_task(name: str, manager: Any, offline_root: Path | None) -> Any:
+    """lm-eval's {"tasks", "groups", "group_map"} of a task, group or tag, with its data.
+
+    Raises:
+        InputError: no data for it.
+    """
+    with offline_data(offline_root), _quiet():
+        try:
+            return manager.load([name])
+        except (OSError, ValueError) as error:
+            # datasets raises OSError or ValueError kinds for absent data, absent configurations and no network.
+            where = offline_root or "the Hub"
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"tasks: no data for {name!r} at {where} ({first_line})") from error
 
 
 def _harness(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
@@ -153,21 +180,16 @@ def _run_one(
     harness.truncated = 0
     _seed_all(seed)
     with _quiet():
-        with offline_data(offline_root):
-            try:
-                loaded = manager.load([spec.task])
-            except (OSError, ValueError) as error:
-                # datasets raises OSError or ValueError kinds for absent data, absent configurations and no network.
-                where = offline_root or "the Hub"
-                first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise InputError(f"tasks: no data for {spec.task!r} at {where} ({first_line})") from error
+        with context_length(harness.tokenizer, harness.max_length):
+            loaded = load_task(spec.task, manager, offline_root)
         for task in loaded["tasks"].values():
             shots = spec.shots if spec.shots is not None else task.get_config("num_fewshot")
             task.set_config(key="num_fewshot", value=shots or 0)
             task.set_fewshot_seed(seed=seed)
             if spec.generation and task.get_config("output_type") == "generate_until":
                 task.set_config(key="generation_kwargs", value=dict(spec.generation), update=True)
-        output = evaluate(harness, loaded, limit=limit, bootstrap_iters=1000)
+        with context_length(harness.tokenizer, harness.max_length):
+            output = evaluate(harness, loaded, limit=limit, bootstrap_iters=1000)
     seconds = time.perf_counter() - start
     names = [spec.task] if spec.task in output["results"] else list(output["samples"])
     results, rows = {}, []

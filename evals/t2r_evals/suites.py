@@ -48,6 +48,9 @@ SUITES: dict[str, tuple[TaskSpec, ...]] = {
         TaskSpec("fda", "contains", 0, _ONE_LINE),
         TaskSpec("swde", "contains", 0, _ONE_LINE),
         TaskSpec("squad_completion", "contains", 0, _ONE_LINE),
+        TaskSpec("cloze_nq", "contains", 0),
+        TaskSpec("cloze_triviaqa", "contains", 0),
+        TaskSpec("cloze_drop", "contains", 0),
     ),
 }
 

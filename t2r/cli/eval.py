@@ -34,8 +34,8 @@ class _Lengths(click.ParamType):
 
 
 @click.command(short_help="Measure a model, beside its teacher.")
-@click.argument("model")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the report.")
+@click.argument("model", required=False)
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for the report.")
 @click.option("--baseline", metavar="TEACHER", help="Model to compare with, on the same items; folder or Hub id.")
 @click.option(
     "--control", "controls", multiple=True, metavar="MODEL", help="Further model to compare; may be repeated."
@@ -51,6 +51,7 @@ class _Lengths(click.ParamType):
 @click.option("--limit", type=click.IntRange(min=1), help="First N documents of each task.")
 @click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Context for tasks.")
 @click.option("--offline-root", type=click.Path(path_type=Path), help="Folder that stands in for the Hub's data sets.")
+@click.option("--make-offline-root", type=click.Path(path_type=Path), help="Fill such a folder, and measure nothing.")
 @click.option("--tasks-root", type=click.Path(path_type=Path), help="Further task definitions. They may run code.")
 @click.option("--recall-lengths", type=_Lengths(), default="512,1K,2K", show_default=True, help="For synthetic.")
 @click.option("--recall-items", type=click.IntRange(min=1), default=10, show_default=True, help="Per length and depth.")
@@ -61,8 +62,9 @@ class _Lengths(click.ParamType):
 @click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16, float16.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def command(
-    model: str,
-    output: Path,
+    model: str | None,
+    output: Path | None,
+    make_offline_root: Path | None,
     baseline: str | None,
     controls: tuple[str, ...],
     suites: tuple[str, ...],
@@ -76,6 +78,9 @@ def command(
     The text file holds documents separated by a line with one NUL character; a file without any is one document.
     With no suite and no task, --text alone means --suite language. A stopped evaluation goes on task by task when it
     is started again with the same --output.
+
+    Without network: on a machine that has it, `t2r eval --suite A,B --make-offline-root DIR` writes the data sets of
+    those suites and tasks; take DIR along and pass it as --offline-root.
     """
     import os
     import sys
@@ -86,6 +91,11 @@ def command(
 
     from t2r.errors import InputError
 
+    if make_offline_root is not None:
+        _make_tree(make_offline_root, suites, settings)
+        return
+    if model is None or output is None:
+        raise InputError("t2r eval needs a MODEL and --output DIR")
     if text is not None and "language" not in suites:
         suites = ("language", *suites)
     if not (suites or settings["tasks"] or settings["contexts"]):
@@ -140,6 +150,20 @@ def command(
     )
     write_report(report, output)
     click.echo(output / "report.html")
+
+
+def _make_tree(destination: Path, suites: tuple[str, ...], settings: dict[str, Any]) -> None:
+    from t2r.errors import InputError
+    from t2r_evals.suites import resolve_tasks
+    from t2r_evals.tree import make_tree
+
+    specs = resolve_tasks(suites, settings["tasks"], None)
+    if not specs:
+        raise InputError("--make-offline-root: name the tasks with --suite or --tasks")
+    for folder in make_tree(
+        specs, destination, offline_root=settings["offline_root"], tasks_root=settings["tasks_root"]
+    ):
+        click.echo(folder)
 
 
 def _measure(evaluate: Any, source: str, *, dtype: str, device: str, **arguments: Any) -> Any:
