@@ -192,7 +192,7 @@ def _lay_out(config: PreTrainedConfig, checkpoint: Checkpoint) -> PreTrainedMode
     """The student on the meta device: every name and shape, no weights."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except InputError:
         raise
     except (KeyError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -98,6 +99,9 @@ def check_destination(source: str, destination: Path, *, overwrite: bool) -> Non
             raise InputError(f"{destination}: output and input ({source}) lie one within the other")
     elif not is_hub_id(source):
         raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
+    parent = _existing_parent(destination)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{destination}: cannot be written, {parent} is no folder that can be written to")
     if not destination.exists() or (destination / PENDING_CONFIG).is_file():
         return
     if not overwrite:
@@ -108,13 +112,17 @@ def check_destination(source: str, destination: Path, *, overwrite: bool) -> Non
 
 def check_space(destination: Path, nbytes: int, others: Iterable[Path]) -> None:
     """Refuse to start when the disk of `destination` has no room for `nbytes` of weights and copies of `others`."""
+    needed = nbytes + sum(path.stat().st_size for path in others) + _SPARE_BYTES
+    free = shutil.disk_usage(_existing_parent(destination)).free
+    if needed > free:
+        raise InputError(f"{destination}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+
+
+def _existing_parent(destination: Path) -> Path:
     parent = destination.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    needed = nbytes + sum(path.stat().st_size for path in others) + _SPARE_BYTES
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise InputError(f"{destination}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+    return parent
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     rows = [(t.name, (t.action, t.shape, t.dtype, t.nbytes, t.note)) for t in (*plan.tensors, *plan.dropped)]
     for name, count, (action, shape, dtype, nbytes, note) in fold_layers(rows):
         size = " x ".join(map(str, shape))
-        table.add_row(escape(name), action, size, dtype, str(count), f"{count * nbytes / 1e6:,.1f}", note,
+        table.add_row(escape(name), action, size, dtype, str(count), f"{count * nbytes / 1e6:,.1f}", escape(note),
                       style=_STYLES[action])  # fmt: skip
     console.print(table)
     for layers, mixer in mixer_table(list(plan.config.mixers)):

@@ -153,6 +153,7 @@ CASES = {
     ),
     "huge vocabulary": Case("single", "vocab_size x hidden_size", config(vocab_size=10**12)),
     "other vocabulary": Case("single", "vocab_size x hidden_size", config(vocab_size=97)),
+    "huge mlp": Case("single", "config.json", config(intermediate_size=10**30)),
     "other mlp": Case("single", "mlp.gate_proj.weight is [80, 64]", config(intermediate_size=96)),
     "activation": Case("single", "no_such_activation", config(hidden_act="no_such_activation")),
     "wrong type": Case("single", "use_cache", config(use_cache="perhaps")),
@@ -271,6 +272,16 @@ def test_output_equal_to_input(t2r, hosts, tmp_path):
         answer = t2r("convert", source, destination, "--overwrite")
         assert answer.code == 2, destination
         assert "output and input" in answer.err, destination
+
+
+def test_output_that_cannot_be(t2r, hosts, tmp_path):
+    (tmp_path / "file").write_text("")
+    answer = t2r("convert", hosts("mistral"), tmp_path / "file" / "student")
+    assert (answer.code, "is no folder" in answer.err) == (2, True)
+    answer = t2r("convert", hosts("mistral"), tmp_path / "file", "--overwrite")
+    assert (answer.code, "t2r did not write it" in answer.err) == (2, True)
+    answer = t2r("convert", tmp_path / "file", tmp_path / "student")
+    assert (answer.code, "expected the folder of a checkpoint" in answer.err) == (2, True)
 
 
 def test_full_disk_is_seen_before_writing(t2r, hosts, tmp_path, monkeypatch):
