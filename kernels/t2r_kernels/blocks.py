@@ -127,10 +127,9 @@ def decays(alpha: Tensor, write: Tensor, out: Tensor | None = None) -> tuple[Ten
     x, size, width = alpha.shape
     since_start = torch.empty_like(alpha)
     since_token = alpha.new_zeros(x, size, size, width) if out is None else out
-    since_start[:, 0] = alpha[:, 0]
+    torch.cumprod(alpha, 1, out=since_start)
     since_token.diagonal(dim1=1, dim2=2).copy_(write.mT)
     for t in range(1, size):
-        torch.mul(since_start[:, t - 1], alpha[:, t], out=since_start[:, t])
         torch.mul(since_token[:, t - 1, :t], alpha[:, t, None], out=since_token[:, t, :t])
     return since_start, since_token
 
@@ -159,12 +158,14 @@ def carry(state: Tensor, decay: Tensor, update: Tensor, active: tuple[int, ...])
     decay [blocks, H, R, 1], update [blocks, H, R, X] -> the state before each block [blocks, H, R, X].
     """
     entry = torch.empty_like(update)
-    start = 0
-    for n in active:
-        here = slice(start, start + n)
-        entry[here] = state[:n]
-        torch.addcmul(update[here], decay[here], state[:n], out=state[:n])
-        start += n
+    start, n = 0, active[0]
+    entry[:n] = state[:n]
+    for following in (*active[1:], 0):
+        go_on, end, here = slice(start, start + following), slice(start + following, start + n), start + n
+        torch.addcmul(update[go_on], decay[go_on], entry[go_on], out=entry[here : here + following])
+        if following < n:
+            torch.addcmul(update[end], decay[end], entry[end], out=state[following:n])
+        start, n = here, following
     return entry
 
 
@@ -174,10 +175,18 @@ def carry_backward(d_state: Tensor, decay: Tensor, d_entry: Tensor, active: tupl
     The gradient for decay is (d_update * entry).sum(-1).
     """
     d_update = torch.empty_like(d_entry)
-    start = d_entry.shape[0]
-    for n in reversed(active):
-        start -= n
-        here = slice(start, start + n)
-        d_update[here] = d_state[:n]
-        torch.addcmul(d_entry[here], decay[here], d_state[:n], out=d_state[:n])
+    start, n = d_entry.shape[0], 0
+    for here in reversed(active):
+        # sequences that go on take it from their next block, which comes n rows after the first of this step's
+        later, start = start, start - here
+        if n:
+            torch.addcmul(
+                d_entry[later : later + n],
+                decay[later : later + n],
+                d_update[later : later + n],
+                out=d_update[start : start + n],
+            )
+        d_update[start + n : later] = d_state[n:here]
+        n = here
+    torch.addcmul(d_entry[:n], decay[:n], d_update[:n], out=d_state[:n])
     return d_update

@@ -61,6 +61,11 @@ def _why_not_triton(op: str, tensors: tuple[Tensor, ...], on_gpu: bool) -> str |
     return module if isinstance(module, str) else None
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Every backend accumulates in float32 by itself; autocast would round its matrix products to bfloat16."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], layout: str) -> None:
     """ValueError unless x has this shape (None: any length)."""
     if x.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):

@@ -99,6 +99,19 @@ def test_bfloat16_inputs_are_accumulated_in_float32(side, seed):
     compare(got, want, 1e-2)
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_autocast_changes_nothing(side, seed):
+    inputs = gla_inputs(side, "mild", seed, tokens=37, dtype=torch.bfloat16)
+    call = gla_call(side, None, backend="torch")
+
+    def cast_call(**inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(**inputs)
+
+    plain, cast = run(call, inputs, seed), run(cast_call, inputs, seed)
+    assert all(torch.equal(cast[name], x) for name, x in plain.items())
+
+
 @pytest.mark.parametrize("backend", ["naive", "torch"])
 @pytest.mark.parametrize("side", SIDES)
 def test_gradients_agree_with_finite_differences(side, backend, seed):

@@ -97,11 +97,34 @@ def test_bfloat16_inputs_are_accumulated_in_float32(seed):
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_autocast_changes_nothing(backend, seed):
+    inputs = gsa_inputs("mild", seed, tokens=37, dtype=torch.bfloat16)
+    call = gsa_call(gsa, None, backend=backend)
+
+    def cast_call(**inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(**inputs)
+
+    plain, cast = run(call, inputs, seed), run(cast_call, inputs, seed)
+    assert all(torch.equal(cast[name], x) for name, x in plain.items())
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
 def test_gradients_agree_with_finite_differences(backend, seed):
     inputs = gsa_inputs("mild", seed, documents=(3, 0, 17), heads=1, dim_k=2, dim_v=3, slots=2, dtype=torch.float64)
     call = gsa_call(gsa, (3, 0, 17), backend=backend)
     leaves = [x.requires_grad_() for x in inputs.values()]
     torch.autograd.gradcheck(lambda *x: tuple(call(*x).values()), leaves, fast_mode=True)
+
+
+def test_a_graph_can_be_walked_twice(seed):
+    inputs = {name: x.requires_grad_() for name, x in gsa_inputs("mild", seed, tokens=37).items()}
+    outputs = list(gsa_call(gsa, None, backend="torch")(**inputs).values())
+    first, second = (
+        torch.autograd.grad(outputs, list(inputs.values()), [x.detach() for x in outputs], retain_graph=True)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -61,7 +61,8 @@ def gla(
     chosen = dispatch.choose("gla", backend, (q, k, v))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     run = {"naive": gla_naive, "torch": gla_chunk, "triton": _gla_triton}[chosen]
-    return run(q, k, v, log_decay, gate, write, scale, initial_state, output_final_state, cu_seqlens)
+    with dispatch.without_autocast(q.device):
+        return run(q, k, v, log_decay, gate, write, scale, initial_state, output_final_state, cu_seqlens)
 
 
 @torch.no_grad()
@@ -104,17 +105,22 @@ def gla_step(
     dispatch.check_group("gla_step", q.shape[1], heads)
     _check_gate("gla_step", gate, q, k, v, log_decay, write, state, batch)
     scale = dim**-0.5 if scale is None else scale
-    if dispatch.choose("gla", backend, (q, k, v, state)) == "triton":
-        from .triton import gla_step_triton
-
-        return gla_step_triton(q, k, v, log_decay, state, gate, write, scale)
-    return gla_step_torch(q, k, v, log_decay, state, gate, write, scale)
+    chosen = dispatch.choose("gla", backend, (q, k, v, state))
+    with dispatch.without_autocast(q.device):
+        run = _gla_step_triton if chosen == "triton" else gla_step_torch
+        return run(q, k, v, log_decay, state, gate, write, scale)
 
 
 def _gla_triton(*args):
     from .triton import gla_triton
 
     return gla_triton(*args)
+
+
+def _gla_step_triton(*args):
+    from .triton import gla_step_triton
+
+    return gla_step_triton(*args)
 
 
 def _check_gate(

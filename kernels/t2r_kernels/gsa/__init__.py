@@ -56,7 +56,8 @@ def gsa(
     chosen = dispatch.choose("gsa", backend, (q, k, v, log_alpha))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     run = {"naive": gsa_naive, "torch": gsa_chunk, "triton": _gsa_triton}[chosen]
-    return run(q, k, v, log_alpha, scale, initial_state, output_final_state, cu_seqlens, visible)
+    with dispatch.without_autocast(q.device):
+        return run(q, k, v, log_alpha, scale, initial_state, output_final_state, cu_seqlens, visible)
 
 
 @torch.no_grad()
@@ -99,17 +100,22 @@ def gsa_step(
     _check_state("gsa_step", state, batch, q, k, v, log_alpha)
     _check_visible("gsa_step", visible, k)
     scale = dim**-0.5 if scale is None else scale
-    if dispatch.choose("gsa", backend, (q, k, v, log_alpha, *state)) == "triton":
-        from .triton import gsa_step_triton
-
-        return gsa_step_triton(q, k, v, log_alpha, state, scale, visible)
-    return gsa_step_torch(q, k, v, log_alpha, state, scale, visible)
+    chosen = dispatch.choose("gsa", backend, (q, k, v, log_alpha, *state))
+    with dispatch.without_autocast(q.device):
+        run = _gsa_step_triton if chosen == "triton" else gsa_step_torch
+        return run(q, k, v, log_alpha, state, scale, visible)
 
 
 def _gsa_triton(*args):
     from .triton import gsa_triton
 
     return gsa_triton(*args)
+
+
+def _gsa_step_triton(*args):
+    from .triton import gsa_step_triton
+
+    return gsa_step_triton(*args)
 
 
 def _check_state(
