@@ -1,0 +1,72 @@
+"""`t2r eval` and `t2r report` from the command line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from t2r.cli import main
+
+DOCUMENTS = "\n\0\n".join(["The old man looked at the sea. " * 20, "She opened the letter and read it twice. " * 20])
+
+
+def t2r(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["t2r", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_evaluate_beside_a_baseline_then_render_and_compare(
+    embedded_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(DOCUMENTS)
+    common = ["--text", text, "--windows", 3, "--window", 64, "--device", "cpu"]
+    speed = ["--speed", "16,32", "--baseline", embedded_teacher]
+    assert t2r(monkeypatch, "eval", embedded_teacher, "--output", tmp_path / "one", *speed, *common) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "one" / "report.html")
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert [(r["role"], r["language"]["windows"], len(r["speed"])) for r in report["results"]] == [
+        ("teacher", 3, 2),
+        ("student", 3, 2),
+    ]
+    assert report["comparisons"][0]["difference"] == 0
+    assert report["results"][0]["kv_bytes_per_token"] > 0
+
+    assert t2r(monkeypatch, "report", tmp_path / "one", "--output", tmp_path / "again", "--title", "Again") == 0
+    assert (tmp_path / "again" / "report.md").read_text().startswith("# Again\n")
+    assert t2r(monkeypatch, "report", tmp_path / "one", tmp_path / "again", "--output", tmp_path / "both") == 0
+    names = [r["name"] for r in json.loads((tmp_path / "both" / "report.json").read_text())["results"]]
+    assert len(names) == len(set(names)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval"], "needs a MODEL and --output"),
+        (["eval", "x", "--output", "out"], "nothing to measure"),
+        (["eval", "x", "--output", "out", "--suite", "language"], "--text FILE"),
+        (["eval", "x", "--output", "out", "--suite", "comonsense"], "did you mean 'commonsense'"),
+        (["eval", "x", "--output", "out", "--tasks", "hellaswga"], "did you mean 'hellaswag'"),
+        (["eval", "x", "--output", "out", "--tasks", "piqa"], "x: no such folder"),
+        (["eval", "x", "--output", "out", "--text", "missing.txt"], "missing.txt"),
+        (["eval", "x", "--output", "out", "--speed", "1K,zero"], "'zero' is no length"),
+        (["eval", "--make-offline-root", "tree"], "name the tasks"),
+        (["report", "nowhere", "--output", "out"], "no report there"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert t2r(monkeypatch, *arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert list(tmp_path.iterdir()) == []
