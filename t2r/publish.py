@@ -5,6 +5,7 @@ of the same destination removes. Nothing that a kill leaves loads: config.json, 
 folder, gets its name after everything else is in place.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -68,7 +69,7 @@ def publish(destination: Path, *, overwrite: bool = False, hashes: Mapping[str, 
 
 def remove_partials(destination: Path) -> None:
     """Remove what a killed publish of `destination` left beside it."""
-    for path in Path(destination).absolute().parent.glob(f".{Path(destination).name}.partial-*"):
+    for path in Path(destination).absolute().parent.glob(f".{glob.escape(Path(destination).name)}.partial-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
