@@ -67,16 +67,18 @@ class Mixer(nn.Module):
         """Mix the tokens of [B, T, hidden] causally; the same shape comes back, and None for attention weights."""
         raise NotImplementedError
 
-    def project(self, hidden_states: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, HQ, D], k and v [B, T, H, D], as the host makes them; `rotary` None leaves positions out."""
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, HQ, D], k and v [B, T, H, D], as the host makes them, before the positions."""
         q, k, v = (
             layer(hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
         return q, k, v
+
+    def cache_layer(self, past_key_values: Any) -> Any:
+        """This layer's place in the cache, or None without a cache."""
+        return None if past_key_values is None else past_key_values.layers[self.layer_idx]
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the host does not have, by name relative to the mixer."""
@@ -111,8 +113,11 @@ class Mixer(nn.Module):
 class RecurrentMixer(Mixer):
     """A mixer that is a linear recurrence; a kind says what goes into it, how it runs and what comes out."""
 
-    def inputs(self, hidden_states: Tensor, rotary: Rotary, info: SequenceInfo) -> States:
-        """The recurrence's inputs, each [B, T, ...], with every padding token made to leave the state untouched."""
+    def inputs(
+        self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, info: SequenceInfo
+    ) -> States:
+        """The recurrence's inputs, each [B, T, ...], from the layer's input and its projections; every padding token
+        is made to leave the state untouched."""
         raise NotImplementedError
 
     def scan(
@@ -125,14 +130,19 @@ class RecurrentMixer(Mixer):
         """One token: inputs [B, ...] to o [B, HQ, V]; `state` is overwritten."""
         raise NotImplementedError
 
-    @torch.compiler.disable
-    def _run(self, *args: Any) -> tuple[Tensor, Any]:
-        """`scan`, which torch.compile leaves as it is: the kernels are compiled by other means."""
-        return self.scan(*args)
+    def finish(self, o: Tensor) -> Tensor:
+        """From o [B, T, HQ, V] to what o_proj takes, [B, T, HQ * V]."""
+        return o.flatten(2)
 
-    def output(self, o: Tensor) -> Tensor:
-        """From o [B, T, HQ, V] to [B, T, hidden]."""
-        return self.o_proj(o.flatten(2))
+    def run(self, inputs: States, state: States | None, keep: bool, info: SequenceInfo) -> tuple[Tensor, States | None]:
+        """o [B, T, HQ, V] and, with `keep`, the states after the last token."""
+        if info.cu_seqlens is not None:
+            flat = tuple(x.flatten(0, 1)[None] for x in inputs)
+            o, _ = self._scan(flat, None, False, info.cu_seqlens)
+            return o[0].unflatten(0, info.position.shape), None
+        if state is not None and inputs[0].shape[1] == 1 and not torch.is_grad_enabled():
+            return self.step(tuple(x[:, 0] for x in inputs), state)[:, None], state
+        return self._scan(inputs, state, keep, None)
 
     def forward(
         self,
@@ -143,21 +153,22 @@ class RecurrentMixer(Mixer):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As `Mixer.forward`."""
-        info = attention_mask
-        inputs = self.inputs(hidden_states, position_embeddings, info)
-        if info.cu_seqlens is not None:
-            flat = tuple(x.flatten(0, 1)[None] for x in inputs)
-            o, _ = self._run(flat, None, False, info.cu_seqlens)
-            return self.output(o[0].unflatten(0, info.position.shape)), None
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        state = None if layer is None else layer.states
-        if state is not None and hidden_states.shape[1] == 1 and not torch.is_grad_enabled():
-            o = self.step(tuple(x[:, 0] for x in inputs), state)[:, None]
-        else:
-            o, state = self._run(inputs, state, layer is not None, None)
-            if layer is not None:
-                layer.store(state)
-        return self.output(o), None
+        layer = self.cache_layer(past_key_values)
+        inputs = self.inputs(hidden_states, *self.project(hidden_states), position_embeddings, attention_mask)
+        o, states = self.run(inputs, layer and layer.states, layer is not None, attention_mask)
+        if layer is not None:
+            layer.store(states)
+        return self.o_proj(self.finish(o)), None
+
+    @torch.compiler.disable
+    def _scan(self, *args: Any) -> tuple[Tensor, Any]:
+        """`scan`, which torch.compile leaves as it is: the kernels are compiled by other means."""
+        return self.scan(*args)
+
+
+def rotate(q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """The host's rotary positions on q [B, T, HQ, D] and k [B, T, H, D]."""
+    return apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
 
 
 def head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:

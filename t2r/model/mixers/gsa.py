@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from t2r.model.mixers.base import MixerOptions, RecurrentMixer, Rotary, States, head_shape
+from t2r.model.mixers.base import MixerOptions, RecurrentMixer, Rotary, States, head_shape, rotate
 from t2r.model.sequence import SequenceInfo
 from t2r_kernels import gsa, gsa_step
 
@@ -114,15 +114,17 @@ class GSAMixer(RecurrentMixer):
             "clock_amplitude": amplitude.repeat(self.heads, 1),
         }
 
-    def inputs(self, hidden_states: Tensor, rotary: Rotary, info: SequenceInfo) -> States:
+    def inputs(
+        self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, info: SequenceInfo
+    ) -> States:
         """q, k, v, log_alpha [B, T, H, M] and, for transfer, how many slots each token sees [B, T]."""
         gate = self.gate_proj(hidden_states).float().unflatten(-1, (self.heads, -1))
         visible: States = ()
         if self.options.style == "paper":
-            q, k, v = (F.silu(x) for x in self.project(hidden_states, None))
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
             log_alpha = F.logsigmoid(gate) / self.options.tau
         else:
-            q, k, v = self.project(hidden_states, rotary)
+            q, k = rotate(q, k, rotary)
             log_alpha = self._transfer_gates(gate, info.position)
             visible = ((info.position + 1).clamp(max=self.options.slots).int(),)
         if info.mask is not None:
@@ -156,9 +158,9 @@ class GSAMixer(RecurrentMixer):
         q, k, v, log_alpha, *visible = inputs
         return gsa_step(q, k, v, log_alpha, state, visible=visible[0] if visible else None, scale=self.scaling)
 
-    def output(self, o: Tensor) -> Tensor:
-        """As `RecurrentMixer.output`."""
-        return self.o_proj(self.g_norm(F.silu(o.flatten(2)))) if self.options.style == "paper" else super().output(o)
+    def finish(self, o: Tensor) -> Tensor:
+        """As `RecurrentMixer.finish`."""
+        return self.g_norm(F.silu(o.flatten(2))) if self.options.style == "paper" else o.flatten(2)
 
     @classmethod
     def state_shapes(cls, config: PreTrainedConfig, options: GSAOptions) -> list[tuple[int, ...]]:
