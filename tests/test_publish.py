@@ -1,0 +1,92 @@
+"""A folder is published whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from t2r.errors import InputError
+from t2r.publish import MANIFEST, PENDING_CONFIG, publish, sha256_file, verify_manifest
+
+
+def write(folder: Path, text: str = "a") -> None:
+    (folder / "config.json").write_text("{}")
+    (folder / "data").mkdir()
+    (folder / "data" / "weights").write_text(text)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_publishes_with_a_manifest(tmp_path):
+    destination = tmp_path / "new" / "folder"
+    with publish(destination) as staging:
+        write(staging)
+        assert not destination.exists()
+    assert names(destination) == {"config.json", "data", MANIFEST}
+    assert names(tmp_path / "new") == {"folder"}
+    assert verify_manifest(destination) == []
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    def interrupted() -> None:
+        with publish(tmp_path / "folder") as staging:
+            write(staging)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names(tmp_path) == set()
+
+
+def test_an_existing_folder_is_kept_until_its_successor_is_whole(tmp_path):
+    with publish(tmp_path / "a[1]") as staging:
+        write(staging, "old")
+    with pytest.raises(InputError, match="--overwrite"), publish(tmp_path / "a[1]"):
+        raise AssertionError("nothing may be written")
+    with pytest.raises(RuntimeError), publish(tmp_path / "a[1]", overwrite=True) as staging:
+        raise RuntimeError
+    assert (tmp_path / "a[1]" / "data" / "weights").read_text() == "old"
+    with publish(tmp_path / "a[1]", overwrite=True) as staging:
+        write(staging, "new")
+    assert (tmp_path / "a[1]" / "data" / "weights").read_text() == "new"
+    assert names(tmp_path) == {"a[1]"}
+
+
+def test_what_a_kill_left_is_removed_by_the_next_run(tmp_path):
+    (tmp_path / ".a[1].partial-x").mkdir()
+    with publish(tmp_path / "a[1]") as staging:
+        write(staging)
+    assert names(tmp_path) == {"a[1]"}
+    (tmp_path / "a[1]" / "config.json").rename(tmp_path / "a[1]" / PENDING_CONFIG)
+    assert verify_manifest(tmp_path / "a[1]") == [f"{tmp_path / 'a[1]' / 'config.json'}: missing"]
+    with publish(tmp_path / "a[1]") as staging:
+        write(staging)
+    assert verify_manifest(tmp_path / "a[1]") == []
+
+
+def test_known_sums_are_taken_over_and_lies_are_found(tmp_path):
+    sums: dict[str, str] = {}
+    with publish(tmp_path / "folder", hashes=sums) as staging:
+        write(staging)
+        sums["data/weights"] = "0" * 64
+    assert verify_manifest(tmp_path / "folder", contents=False) == []
+    assert "SHA-256 differs" in verify_manifest(tmp_path / "folder")[0]
+    assert sha256_file(tmp_path / "folder" / "config.json") in (tmp_path / "folder" / MANIFEST).read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "data" / "weights").write_text("aa"), "2 bytes, manifest says 1"),
+        (lambda folder: (folder / "data" / "weights").unlink(), "missing"),
+        (lambda folder: (folder / MANIFEST).write_text("{}"), "cannot be read"),
+        (lambda folder: (folder / MANIFEST).write_text('{"files": {"../x": {"bytes": 1}}}'), "leaves the folder"),
+    ],
+)
+def test_damage_is_named(tmp_path, change, words):
+    with publish(tmp_path / "folder") as staging:
+        write(staging)
+    change(tmp_path / "folder")
+    (problem,) = verify_manifest(tmp_path / "folder")
+    assert words in problem
