@@ -96,3 +96,16 @@ def test_steps_continue_a_prefill(gate, group, dim_k, dim_v, slots, seed):
         o = gsa_step(q[:, t], k[:, t], v[:, t], log_alpha[:, t], state, backend="triton")
         torch.testing.assert_close(o, whole[:, t], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+def test_slots_that_cannot_be_seen(seed):
+    generator = torch.Generator().manual_seed(seed)
+    visible = torch.randint(1, 6, (2, 35), generator=generator).to(DEVICE)
+    inputs = gsa_inputs("mild", seed, tokens=35)
+    want = run(gsa_call(gsa, None, backend="naive", visible=visible.cpu()), reference(inputs), seed)
+    compare(run(gsa_call(gsa, None, backend="triton", visible=visible), on_device(inputs), seed), want, FLOAT32)
+    x = on_device(inputs)
+    step = [x[name][:, 0] for name in ("q", "k", "v", "log_alpha")]
+    o = gsa_step(*step, (x["K"].clone(), x["V"].clone()), visible=visible[:, 0], backend="triton")
+    whole = gsa_step(*step, (x["K"], x["V"]), visible=visible[:, 0], backend="naive")
+    torch.testing.assert_close(o, whole, rtol=1e-4, atol=1e-5)

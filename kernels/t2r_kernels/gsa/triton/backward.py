@@ -26,6 +26,7 @@ from .common import (
     load_log2_alpha,
     load_rows,
     prefix_decay,
+    readable,
     row_offsets,
     split,
     suffix_decay,
@@ -38,17 +39,18 @@ from .states import chunk_states, scan
 
 @triton.jit
 def query_kernel(
-    q, k, v, log_alpha, do, states, dq, p_out, ds_out, da_out, a_out, dstates, bounds, T, NC, H, HQ, G,
+    q, k, v, log_alpha, visible, do, states, dq, p_out, ds_out, da_out, a_out, dstates, bounds, T, NC, H, HQ, G,
     scale, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
     GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """One (chunk, key/value head): dq, and what the later steps need of p and ds."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
-    start, stop = chunk_range(bounds, c, T, NC, C, PACKED)
+    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)
@@ -66,7 +68,7 @@ def query_kernel(
             q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
         s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
-        p = softmax2(s * scale_log2, m, M)
+        p = softmax2(s * scale_log2, readable(visible, start, t, row_valid, m, M, LIMITED))
         ov, os = products(
             do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
@@ -135,7 +137,7 @@ def key_kernel(
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
-    start, stop = chunk_range(bounds, c, T, NC, C, PACKED)
+    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)
@@ -156,7 +158,7 @@ def key_kernel(
 
 
 def backward(
-    q, k, v, log_alpha, do, dfinal, scale: float, initial, chunks: Chunks, blocks: Blocks, numerics: Numerics,
+    q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, chunks: Chunks, blocks: Blocks, numerics: Numerics,
 ):  # fmt: skip
     """(dq, dk, dv, dlog_alpha in fp32, gradients of the initial states in fp32 or None)."""
     B, T, HQ, D = q.shape
@@ -181,17 +183,19 @@ def backward(
     p, ds = (empty(B, T, HQ, M, dtype=store) for _ in range(2))
     a, da = (empty(B, T, HQ, C, dtype=store) for _ in range(2))
     query_kernel[grid](
-        q, k, v, log_alpha, do, states, dq, p, ds, da, a, dstates, *place, scale, scale * LOG2E, *sizes, **options,
-        num_warps=blocks.warps, num_stages=2,
+        q, k, v, log_alpha, visible, do, states, dq, p, ds, da, a, dstates, *place, scale, scale * LOG2E, *sizes,
+        **options, LIMITED=visible is not None, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     dinitial = None
     if initial is not None:
         dinitial = tuple(torch.empty_like(s, dtype=torch.float32) for s in initial)
     scan(dstates, gamma, dfinal, dinitial, chunks, D, V, reverse=True)
-    key_kernel[grid](q, do, log_alpha, da, a, dstates, dk, dv, *place, *sizes, **options, num_warps=4, num_stages=2)
+    key_kernel[grid](
+        q, do, log_alpha, da, a, dstates, dk, dv, *place, *sizes, **options, num_warps=4, num_stages=blocks.stages
+    )
     dlog_alpha = empty(*log_alpha.shape, dtype=torch.float32)
     gate_kernel[grid](
         q, k, v, log_alpha, do, p, ds, states, dstates, gamma, dlog_alpha, *place, *sizes, **options,
-        num_warps=blocks.warps, num_stages=2,
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return dq, dk, dv, dlog_alpha, dinitial

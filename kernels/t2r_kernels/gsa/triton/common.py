@@ -31,6 +31,7 @@ class Blocks:
     key: int  # width of a slice of D
     value: int
     warps: int
+    stages: int
 
     @property
     def rows(self) -> int:
@@ -39,9 +40,11 @@ class Blocks:
 
 def choose_blocks(HQ: int, H: int, D: int, V: int, M: int, itemsize: int) -> Blocks:
     """The one configuration for these sizes. Rows are a multiple of 64, the height of a Hopper matrix instruction."""
-    group = min(triton.next_power_of_2(HQ // H), 8)
     slots = max(16, triton.next_power_of_2(M))
     rows = 128 if slots <= 64 and itemsize == 2 else 64
+    if slots > 64 and itemsize == 4:
+        rows = 32  # three tf32 passes over 64 rows would need more shared memory than there is
+    group = min(triton.next_power_of_2(HQ // H), rows // 16)
     chunk = min(64 if rows == 128 else 32, max(16, rows // group))
     width = 64 if itemsize == 2 else 32
     if slots > 128:
@@ -54,6 +57,7 @@ def choose_blocks(HQ: int, H: int, D: int, V: int, M: int, itemsize: int) -> Blo
         key=min(width, max(16, triton.next_power_of_2(D))),
         value=min(width, max(16, triton.next_power_of_2(V))),
         warps=8 if chunk * group * slots >= 8192 else 4,
+        stages=2 if itemsize == 2 else 1,
     )
 
 
@@ -79,8 +83,8 @@ def choose_numerics(dtype: torch.dtype) -> Numerics:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Where each chunk lies. `bounds` is None for a dense batch; otherwise int64 [count, 2] token ranges, empty for
-    chunks that no document owns, and `first` int64 [N + 1] the first chunk of each document."""
+    """Where each chunk lies. `bounds` is None for a dense batch; otherwise int64 [count, 3]: token range (empty for
+    chunks that no document owns) and document; and `first` int64 [N + 1] is the first chunk of each document."""
 
     count: int
     sequences: int
@@ -105,21 +109,22 @@ def find_chunks(B: int, T: int, chunk: int, cu_seqlens: torch.Tensor | None) -> 
     document = document.clamp(max=N - 1)
     start = cu[document] + (index - first[document]) * chunk
     stop = torch.minimum(start + chunk, cu[document + 1])
-    bounds = torch.stack([start, stop], 1) * owned[:, None]
+    bounds = torch.stack([start, stop, document], 1) * owned[:, None]
     return Chunks(count, N, 0, bounds, first)
 
 
 @triton.jit
 def chunk_range(bounds, c, T, NC, C: tl.constexpr, PACKED: tl.constexpr):
-    """First token of chunk c and one past its last, as int64 offsets into the flattened [B * T] tokens."""
+    """First token of chunk c, one past its last (int64, of the flattened [B * T] tokens), and its sequence."""
     if PACKED:
-        start = tl.load(bounds + 2 * c)
-        stop = tl.load(bounds + 2 * c + 1)
+        start = tl.load(bounds + 3 * c)
+        stop = tl.load(bounds + 3 * c + 1)
+        n = tl.load(bounds + 3 * c + 2)
     else:
-        b = c // NC
-        start = b.to(tl.int64) * T + (c - b * NC) * C
-        stop = tl.minimum(start + C, (b.to(tl.int64) + 1) * T)
-    return start, stop
+        n = (c // NC).to(tl.int64)
+        start = n * T + (c - c // NC * NC) * C
+        stop = tl.minimum(start + C, (n + 1) * T)
+    return start, stop, n
 
 
 @triton.jit
@@ -200,3 +205,14 @@ def row_offsets(start, stop, h, g0, HQ, G, C: tl.constexpr, BG: tl.constexpr):
 @triton.jit
 def load_rows(x, row, valid, width, d, CT: tl.constexpr):
     return tl.load(x + row[:, None] * width + d[None, :], mask=valid[:, None] & (d < width)[None, :], other=0.0).to(CT)
+
+
+@triton.jit
+def readable(visible, start, t, row_valid, m, M: tl.constexpr, LIMITED: tl.constexpr):
+    """Which slots each row may read, [rows, BM]: all M, or with LIMITED the first visible[token]."""
+    if LIMITED:
+        limit = tl.load(visible + start + t, mask=row_valid, other=M)
+        seen = m[None, :] < limit[:, None]
+    else:
+        seen = (m < M)[None, :] & (t >= 0)[:, None]
+    return seen

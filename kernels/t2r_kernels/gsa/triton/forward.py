@@ -15,6 +15,7 @@ from .common import (
     load_rows,
     pairs_at,
     prefix_decay,
+    readable,
     row_offsets,
     split,
     suffix_decay,
@@ -62,9 +63,9 @@ def write_slots(
 
 
 @triton.jit
-def softmax2(s, m, M: tl.constexpr):
-    """Softmax over slots of scores in log2 units; slots past M get 0."""
-    s = tl.where((m < M)[None, :], s, float("-inf"))
+def softmax2(s, seen):
+    """Softmax over the slots in `seen` of scores in log2 units."""
+    s = tl.where(seen, s, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
     return p / tl.sum(p, 1)[:, None]
 
@@ -90,16 +91,17 @@ def products(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, log_alpha, states, o, bounds, T, NC, H, HQ, G, scale_log2,
+    q, k, v, log_alpha, visible, states, o, bounds, T, NC, H, HQ, G, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """o of one (chunk, key/value head, tile of its query heads)."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
-    start, stop = chunk_range(bounds, c, T, NC, C, PACKED)
+    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)
@@ -115,7 +117,7 @@ def forward_kernel(
         q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
     )  # fmt: skip
     s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
-    p = softmax2(s * scale_log2, m, M)
+    p = softmax2(s * scale_log2, readable(visible, start, t, row_valid, m, M, LIMITED))
     a = write_slots(p, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT).to(CT)
     pd = (p * prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)).to(CT)
     for d0 in range(0, V, BV):
@@ -126,16 +128,19 @@ def forward_kernel(
         tl.store(o + row[:, None] * V + d[None, :], ob, mask=row_valid[:, None] & (d < V)[None, :])
 
 
-def forward(q, k, v, log_alpha, scale: float, initial, final, chunks: Chunks, blocks: Blocks, numerics: Numerics):
+def forward(
+    q, k, v, log_alpha, visible, scale: float, initial, final, chunks: Chunks, blocks: Blocks, numerics: Numerics
+):
     """o [B, T, HQ, V]; writes `final` (pair of fp32 states, or None)."""
     B, T, HQ, D = q.shape
     H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
     states, _ = chunk_states(k, v, log_alpha, initial, final, chunks, blocks, numerics)
     o = torch.empty(B, T, HQ, V, dtype=q.dtype, device=q.device)
     forward_kernel[(chunks.count * H, blocks.group_tiles)](
-        q, k, v, log_alpha, states, o, chunks.bounds, T, chunks.per_sequence, H, HQ, HQ // H, scale * LOG2E,
+        q, k, v, log_alpha, visible, states, o, chunks.bounds, T, chunks.per_sequence, H, HQ, HQ // H, scale * LOG2E,
         D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.group, blocks.slots, blocks.key, blocks.value,
-        PACKED=chunks.bounds is not None, CT=numerics.operand, SPLIT=numerics.split, PREC=numerics.precision,
-        EXACT=numerics.exact, num_warps=blocks.warps, num_stages=2,
+        PACKED=chunks.bounds is not None, LIMITED=visible is not None, CT=numerics.operand, SPLIT=numerics.split,
+        PREC=numerics.precision,
+        EXACT=numerics.exact, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return o

@@ -56,7 +56,7 @@ def gate_kernel(
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
-    start, stop = chunk_range(bounds, c, T, NC, C, PACKED)
+    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)

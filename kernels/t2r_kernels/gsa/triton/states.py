@@ -32,7 +32,7 @@ def local_state_kernel(
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
-    start, stop = chunk_range(bounds, c, T, NC, C, PACKED)
+    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)

@@ -10,9 +10,9 @@ from .common import write_weight
 
 @triton.jit
 def step_kernel(
-    q, k, v, log_alpha, state_k, state_v, o, H, HQ, G, scale_log2,
+    q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, G, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """One (sequence, key/value head)."""
     pid = tl.program_id(0).to(tl.int64)
@@ -34,7 +34,10 @@ def step_kernel(
         tl.store(cell, state, mask=mask)
         qb = tl.load(q + row[:, None] * D + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
         s += tl.sum(qb.to(tl.float32)[:, None, :] * state[None, :, :], 2)
-    s = tl.where((m < M)[None, :], s * scale_log2, float("-inf"))
+    limit = M
+    if LIMITED:
+        limit = tl.load(visible + b)
+    s = tl.where((m < limit)[None, :], s * scale_log2, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
     p = p / tl.sum(p, 1)[:, None]
     for d0 in range(0, V, BV):
@@ -49,7 +52,13 @@ def step_kernel(
 
 
 def gsa_step_triton(
-    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, state: tuple[Tensor, Tensor], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_alpha: Tensor,
+    state: tuple[Tensor, Tensor],
+    scale: float,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Shapes as in `t2r_kernels.gsa_step`. One launch, no synchronisation: usable inside a CUDA graph."""
     state_k, state_v = state
@@ -66,8 +75,8 @@ def gsa_step_triton(
     # The product [group, slots, width] of a slice lives in registers.
     width = max(4, min(64, 16384 // (group * slots)))
     step_kernel[(B * H,)](
-        q, k, v, log_alpha, state_k, state_v, o, H, HQ, HQ // H, scale * 1.4426950408889634,
+        q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, HQ // H, scale * 1.4426950408889634,
         D, V, M, group, slots, min(width, triton.next_power_of_2(D)), min(width, triton.next_power_of_2(V)),
-        num_warps=4,
+        LIMITED=visible is not None, num_warps=4,
     )  # fmt: skip
     return o

@@ -1,0 +1,213 @@
+"""The fast path in bf16, in tiles of 16 tokens: how decays are factored, and the states at tile and segment boundaries.
+
+Inside a tile one factor per (row, slot) serves the state and all earlier tokens at once. With L[t] the sum of log2
+alpha from the tile's start through t, the decay from i to t is 2^(SHIFT + L[t]) * 2^(-SHIFT - L[i]), and the decay of
+the state is 2^(SHIFT + L[t]) * 2^-SHIFT. Each step of log2 alpha is floored at -13 for this, so that L >= -208 and both
+factors stay within 2^+-104, inside the range of bf16: an old entry that a stronger gate forgets is kept at 2^-13 of its
+weight until the tile ends, below the 2^-9 to which bf16 rounds the entry itself. The state carried to the next tile is
+decayed by the gate as it is.
+
+A tile is known by the number (first token) // 16 + (its sequence), which is unique whatever the documents' lengths.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .common import Chunks, chunk_range, find_chunks, load_log2_alpha, masked_sum, row_offsets, split, write_weight
+from .states import scan
+
+TILE = tl.constexpr(16)
+SHIFT = tl.constexpr(104.0)
+STEP = tl.constexpr(-13.0)  # -2 SHIFT / TILE
+TINY = tl.constexpr(2.0**-104)
+
+
+def pad(size: int) -> int:
+    """Block width for `size` columns: a power of two, at least the 16 of a matrix instruction."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def fits(HQ: int, H: int, D: int, V: int, M: int, dtype: torch.dtype) -> bool:
+    """Whether the fast path takes these sizes: both states of a head fit into the registers of one program."""
+    return dtype == torch.bfloat16 and pad(M) * (pad(D) + pad(V)) <= 64 * 256 and HQ // H <= 8
+
+
+def segment_length(tokens: int, programs: int, device: torch.device, least: int = 128) -> int:
+    """Tokens that one program walks, where one segment takes `programs` of them: enough to fill the device."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    segments = max(1, launch.FORWARD_PROGRAMS * processors // programs)
+    return max(least, triton.cdiv(triton.cdiv(tokens, segments), 16) * 16)
+
+
+@triton.jit
+def read_factors(x, w, t, CT: tl.constexpr):
+    """2^(SHIFT + L[t]) for rows [len(t), BM], and 2^(-SHIFT - L[i]) [16, BM]; both fp32."""
+    SPLIT: tl.constexpr = tl.bfloat16 == CT
+    i = tl.arange(0, TILE)
+    high, low = split(tl.maximum(x, STEP), SPLIT)
+    row = tl.exp2(masked_sum(i[None, :] <= t[:, None], high, low, SPLIT, "ieee") + SHIFT)
+    key = tl.exp2(-(masked_sum(i[None, :] <= i[:, None], high, low, SPLIT, "ieee") + SHIFT))
+    return row, key
+
+
+@triton.jit
+def rest_of_tile(x, CT: tl.constexpr):
+    """Decay from after each token to the tile's end, [16, BM] in fp32."""
+    SPLIT: tl.constexpr = tl.bfloat16 == CT
+    i = tl.arange(0, TILE)
+    high, low = split(x, SPLIT)
+    return tl.exp2(masked_sum(i[None, :] > i[:, None], high, low, SPLIT, "ieee"))
+
+
+@triton.jit
+def gates_kernel(
+    log_alpha, high_out, low_out, read_out, write_out, gamma, bounds, T, NC, H,
+    M: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr, READS: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """What the walks need of log alpha, ready as operands: per token the weight at the tile's end and, with READS, the
+    two factors of `read_factors` (the first as a sum of two bf16 numbers, the second times w); per tile its decay."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
+    start, stop, n = chunk_range(bounds, c, T, NC, TILE, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, TILE)
+    m = tl.arange(0, BM)
+    x = load_log2_alpha(log_alpha, start, stop, h, H, M, TILE, BM)
+    w = write_weight(x)
+    cell = ((start + i) * H + h)[:, None] * M + m[None, :]
+    mask = ((start + i) < stop)[:, None] & (m < M)[None, :]
+    tl.store(write_out + cell, w * rest_of_tile(x, CT), mask=mask)
+    tl.store(gamma + ((start // TILE + n) * H + h) * M + m, tl.exp2(tl.sum(x, 0)), mask=m < M)
+    if READS:
+        row, key = read_factors(x, w, i, CT)
+        high = row.to(CT)
+        tl.store(high_out + cell, high, mask=mask)
+        tl.store(low_out + cell, row - high.to(tl.float32), mask=mask)
+        tl.store(read_out + cell, w * key, mask=mask)
+
+
+@triton.jit
+def walk_columns(
+    x, y, gamma, states, tiles, col, start, stop, n, c, h, H, HX, G,
+    WIDTH: tl.constexpr, E: tl.constexpr, SIDE: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    BLOCK: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """Columns [col, col + BLOCK) of K's (SIDE 0) or V's part of the state, over one segment."""
+    m = tl.arange(0, BM)
+    d = col + tl.arange(0, BLOCK)
+    mask = (m < M)[:, None] & (d < WIDTH)[None, :]
+    cell = m[:, None] * E + SIDE + d[None, :]
+    where = (c.to(tl.int64) * H + h) * (M * E)
+    if EMPTY:
+        state = tl.zeros([BM, BLOCK], tl.float32)
+    else:
+        state = tl.load(states + where + cell, mask=mask, other=0.0)
+    count = ((stop - start + TILE - 1) // TILE).to(tl.int32)
+    for step in range(count):
+        j = (count - 1 - step) if REVERSE else step
+        _, row, valid = row_offsets(start + j * TILE, stop, h, 0, HX, G, TILE, BG)
+        xb = tl.load(x + row[:, None] * M + m[None, :], mask=valid[:, None] & (m < M)[None, :], other=0.0).to(CT)
+        yb = tl.load(y + row[:, None] * WIDTH + d[None, :], mask=valid[:, None] & (d < WIDTH)[None, :], other=0.0)
+        tile = (start // TILE + n + j) * H + h
+        decay = tl.load(gamma + tile * M + m, mask=m < M, other=1.0)
+        if TILES:
+            tl.store(tiles + tile * (M * E) + cell, state, mask=mask)
+        state = tl.dot(tl.trans(xb), yb.to(CT), state * decay[:, None], input_precision="ieee")
+    if not TILES:
+        tl.store(states + where + cell, state, mask=mask)
+
+
+@triton.jit
+def walk_states_kernel(
+    xk, yk, xv, yv, gamma, states, total, tiles, bounds, T, NS, H, HX, G,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr,
+    CT: tl.constexpr,
+):  # fmt: skip
+    """One (segment, head) and slice of columns of state <- gamma state + x^T y over the segment's tiles, in reverse for
+    gradients. With TILES it stores the state that each tile meets; else what the segment leaves, and its decay."""
+    c = tl.program_id(0) // H
+    h = tl.program_id(0) - c * H
+    start, stop, n = chunk_range(bounds, c, T, NS, S, PACKED)
+    if stop <= start:
+        return
+    slice_ = tl.program_id(1)
+    slices: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    if slice_ < slices:
+        walk_columns(
+            xk, yk, gamma, states, tiles, slice_ * BLOCK, start, stop, n, c, h, H, HX, G, D, D + V, 0, M, BG, BM, BLOCK,
+            REVERSE, EMPTY, TILES, CT,
+        )  # fmt: skip
+    else:
+        walk_columns(
+            xv, yv, gamma, states, tiles, (slice_ - slices) * BLOCK, start, stop, n, c, h, H, HX, G, V, D + V, D, M, BG,
+            BM, BLOCK, REVERSE, EMPTY, TILES, CT,
+        )  # fmt: skip
+    if (not TILES) and slice_ == 0:
+        m = tl.arange(0, BM)
+        decay = tl.full([BM], 1.0, tl.float32)
+        first = (start // TILE + n) * H + h
+        for j in range(((stop - start + TILE - 1) // TILE).to(tl.int32)):
+            decay *= tl.load(gamma + (first + j * H) * M + m, mask=m < M, other=1.0)
+        tl.store(total + (c.to(tl.int64) * H + h) * M + m, decay, mask=m < M)
+
+
+class Walk:
+    """Both states of one problem, walked along all sequences: forward for writes, in reverse for gradients."""
+
+    def __init__(self, log_alpha, D: int, V: int, cu_seqlens, operand, reads: bool):
+        B, T, H, M = log_alpha.shape
+        self.D, self.V, self.M, self.H, self.T, self.B = D, V, M, H, T, B
+        self.operand, self.cu_seqlens, self.device = operand, cu_seqlens, log_alpha.device
+        self.store = torch.bfloat16 if operand == tl.bfloat16 else torch.float32
+        self.tiles = find_chunks(B, T, 16, cu_seqlens)
+        self.tile_count = B * T // 16 + self.tiles.sequences
+        self.gamma = torch.empty(self.tile_count, H, M, dtype=torch.float32, device=self.device)
+        self.write, self.high, self.low, self.read = (
+            torch.empty(B, T, H, M, dtype=self.store, device=self.device) if wanted else self.gamma
+            for wanted in (True, reads, reads, reads)
+        )
+        gates_kernel[(self.tiles.count * H,)](
+            log_alpha, self.high, self.low, self.read, self.write, self.gamma, self.tiles.bounds, T,
+            self.tiles.per_sequence, H, M, pad(M), PACKED=cu_seqlens is not None, READS=reads, CT=operand, num_warps=2,
+        )  # fmt: skip
+
+    def segments(self, length: int) -> Chunks:
+        return find_chunks(self.B, self.T, length, self.cu_seqlens)
+
+    def _launch(self, pairs, states, total, tiles, segments, length, group, reverse, empty):
+        (xk, yk), (xv, yv) = pairs
+        block = min(launch.STATE_COLUMNS, max(pad(self.D), pad(self.V)))
+        slices = triton.cdiv(self.D, block) + triton.cdiv(self.V, block)
+        walk_states_kernel[(segments.count * self.H, slices)](
+            xk, yk, xv, yv, self.gamma, states, total, tiles, segments.bounds, self.T, segments.per_sequence, self.H,
+            self.H * group, group, self.D, self.V, self.M, length, triton.next_power_of_2(group), pad(self.M), block,
+            PACKED=segments.bounds is not None, REVERSE=reverse, EMPTY=empty, TILES=tiles is not None,
+            CT=self.operand, **launch.STATES,
+        )  # fmt: skip
+
+    def segment_states(self, pairs, incoming, outgoing, segments, length, *, group: int = 1, reverse: bool = False):
+        """fp32 [segments, H, M, D + V]: the state that each segment meets; None where every sequence is one segment
+        that starts empty and whose end nobody wants. `pairs` are (x, y) of K and of V; see `walk_states_kernel`."""
+        if incoming is None and outgoing is None and segments.bounds is None and segments.per_sequence == 1:
+            return None
+        shape = (segments.count, self.H, self.M)
+        states = torch.empty(*shape, self.D + self.V, dtype=torch.float32, device=self.device)
+        total = torch.empty(*shape, dtype=torch.float32, device=self.device)
+        self._launch(pairs, states, total, None, segments, length, group, reverse, True)
+        scan(states, total, incoming, outgoing, segments, self.D, self.V, reverse=reverse)
+        return states
+
+    def tile_states(self, pairs, incoming, outgoing, *, group: int = 1, reverse: bool = False):
+        """[tiles, H, M, D + V] in the operand's type: the state at each tile's start, or the gradient at its end."""
+        programs = self.tiles.sequences * self.H * 4
+        length = segment_length(self.T, 1 if self.cu_seqlens is not None else programs, self.device, 512)
+        segments = self.segments(length)
+        states = self.segment_states(pairs, incoming, outgoing, segments, length, group=group, reverse=reverse)
+        tiles = torch.empty(self.tile_count, self.H, self.M, self.D + self.V, dtype=self.store, device=self.device)
+        self._launch(pairs, states, None, tiles, segments, length, group, reverse, states is None)
+        return tiles

@@ -1,0 +1,206 @@
+"""The fast backward pass in bf16, in tiles of 16 tokens; the steps and the gate's gradient are those of `backward.py`.
+
+The states that tiles meet and their gradients are walked first (`walk.py`); everything else is parallel over tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .common import LOG2E, chunk_range, load_log2_alpha, load_rows, pairs_at, readable, row_offsets, write_weight
+from .forward import softmax2
+from .walk import STEP, TILE, TINY, Walk, pad, read_factors, rest_of_tile
+
+
+@triton.jit
+def mm(a, b, CT: tl.constexpr):
+    return tl.dot(a.to(CT), b.to(CT), input_precision="ieee")
+
+
+@triton.jit
+def load_part(state, m, d, WIDTH: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr):
+    """Columns d of a state [M, WIDTH] with rows STRIDE apart."""
+    return tl.load(state + m[:, None] * STRIDE + d[None, :], mask=(m < M)[:, None] & (d < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def tile_products(
+    x, y, state, row, row_valid, token, token_valid, m,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
+    R: tl.constexpr, BM: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """x [rows, WIDTH] times y [16, WIDTH] of the tile's tokens, and times the state [M, WIDTH] that the tile meets."""
+    intra = tl.zeros([R, TILE], tl.float32)
+    inter = tl.zeros([R, BM], tl.float32)
+    for d0 in range(0, WIDTH, BLOCK):
+        d = d0 + tl.arange(0, BLOCK)
+        xb = load_rows(x, row, row_valid, WIDTH, d, CT)
+        yb = load_rows(y, token, token_valid, WIDTH, d, CT)
+        sb = load_part(state, m, d, WIDTH, STRIDE, M)
+        intra = tl.dot(xb, tl.trans(yb), intra, input_precision="ieee")
+        inter = tl.dot(xb, tl.trans(sb), inter, input_precision="ieee")
+    return intra, inter
+
+
+@triton.jit
+def tile_query_kernel(
+    q, k, v, log_alpha, visible, do, tiles, dq, p_out, ds_out, da_out, a_out, dlog_alpha, bounds, T, NC, H, HQ, G,
+    scale, scale_log2,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """One (tile, key/value head): dq; p and ds times the decay from the tile's start, which the reverse walk sums;
+    the matrices a (from p) and dA (from ds) for dv and dk; and what dlog_alpha gets from reads in this tile."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
+    start, stop, n = chunk_range(bounds, c, T, NC, TILE, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, TILE)
+    m = tl.arange(0, BM)
+    token = (start + i) * H + h
+    valid = (start + i) < stop
+    t, row, row_valid = row_offsets(start, stop, h, 0, HQ, G, TILE, BG)
+    x = load_log2_alpha(log_alpha, start, stop, h, H, M, TILE, BM)
+    w = write_weight(x)
+    factor, key = read_factors(x, w, t, CT)
+    wi = (w * key).to(CT)
+    causal = i[None, :] <= t[:, None]
+    state = tiles + ((start // TILE + n) * H + h) * (M * (D + V))
+
+    qk, qs = tile_products(q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, TILE * BG, BM, CT)
+    qk = tl.where(causal, qk, 0.0).to(CT)
+    qs = qs * TINY
+    s = tl.dot(qk, wi, qs, input_precision="ieee") * (factor * scale_log2)
+    p = softmax2(s, readable(visible, start, t, row_valid, m, M, LIMITED))
+    ov, os = tile_products(do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, TILE * BG, BM, CT)
+    ov = tl.where(causal, ov, 0.0).to(CT)
+    os = os * TINY
+    dp = tl.dot(ov, wi, os, input_precision="ieee") * factor
+    ds = (scale * factor * p) * (dp - tl.sum(p * dp, 1)[:, None])
+    pf = p * factor
+    pb = pf.to(CT)
+    db = ds.to(CT)
+    slot = row[:, None] * M + m[None, :]
+    slot_mask = row_valid[:, None] & (m < M)[None, :]
+    tl.store(p_out + slot, pf * TINY, mask=slot_mask)
+    tl.store(ds_out + slot, ds * TINY, mask=slot_mask)
+    pair = row[:, None] * TILE + i[None, :]
+    pair_mask = row_valid[:, None] & (i >= 0)[None, :]
+    a = tl.where(causal, mm(pb, tl.trans(wi), CT), 0.0)
+    tl.store(a_out + pair, a, mask=pair_mask)
+    da = tl.where(causal, mm(db, tl.trans(wi), CT), 0.0).to(CT)
+    tl.store(da_out + pair, da, mask=pair_mask)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        sb = load_part(state, m, d, D, D + V, M)
+        dqb = mm(db, sb, CT) * TINY + mm(da, load_rows(k, token, valid, D, d, CT), CT)
+        tl.store(dq + row[:, None] * D + d[None, :], dqb, mask=row_valid[:, None] & (d < D)[None, :])
+
+    # What crosses each token: the state read later in the tile, then pairs of the tile, level by level.
+    later = t[None, :] >= i[:, None]
+    flow = mm(tl.where(later, 1.0, 0.0), ds * qs + pf * os, CT)
+    dw = mm(tl.trans(qk), db, CT) + mm(tl.trans(ov), pb, CT)
+    for level in tl.static_range(4):
+        pairs = pairs_at(t, i, level)
+        block = (t >> level)[None, :] == (i >> level)[:, None]
+        ql = tl.where(pairs, qk, 0.0).to(CT)
+        ol = tl.where(pairs, ov, 0.0).to(CT)
+        reads = ds * mm(ql, wi, CT) + pf * mm(ol, wi, CT)
+        flow += mm(tl.where(block & later, 1.0, 0.0), reads, CT)
+        if level > 0:
+            written = w * key * (mm(tl.trans(ql), db, CT) + mm(tl.trans(ol), pb, CT))
+            beside = ((i >> level)[:, None] == (i >> level)[None, :]) & (i[None, :] < i[:, None])
+            flow += mm(tl.where(beside, 1.0, 0.0), written, CT)
+    # Each term crosses its token by the floored gate.
+    grad = flow * tl.exp2(x - tl.maximum(x, STEP)) - tl.exp2(x) * key * dw
+    tl.store(dlog_alpha + token[:, None] * M + m[None, :], grad, mask=valid[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def tile_key_kernel(
+    q, k, v, log_alpha, do, da, a, tiles, dtiles, dk, dv, dlog_alpha, bounds, T, NC, H, HQ, G,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one (tile, key/value head), and the rest of dlog_alpha: reads after the tile."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
+    start, stop, n = chunk_range(bounds, c, T, NC, TILE, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, TILE)
+    m = tl.arange(0, BM)
+    token = (start + i) * H + h
+    valid = (start + i) < stop
+    _, row, row_valid = row_offsets(start, stop, h, 0, HQ, G, TILE, BG)
+    x = load_log2_alpha(log_alpha, start, stop, h, H, M, TILE, BM)
+    w = write_weight(x)
+    rest = rest_of_tile(x, CT)
+    we = (w * rest).to(CT)
+    where = ((start // TILE + n) * H + h) * (M * (D + V))
+    pair = row[:, None] * TILE + i[None, :]
+    pair_mask = row_valid[:, None] & (i >= 0)[None, :]
+    reads = tl.zeros([TILE, BM], tl.float32)
+    across = tl.zeros([BM], tl.float32)
+    dab = tl.trans(tl.load(da + pair, mask=pair_mask, other=0.0).to(CT))
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        sb = load_part(tiles + where, m, d, D, D + V, M)
+        gb = load_part(dtiles + where, m, d, D, D + V, M)
+        across += tl.sum(gb.to(tl.float32) * sb.to(tl.float32), 1)
+        reads += mm(load_rows(k, token, valid, D, d, CT), tl.trans(gb), CT)
+        out = mm(we, gb, CT) + mm(dab, load_rows(q, row, row_valid, D, d, CT), CT)
+        tl.store(dk + token[:, None] * D + d[None, :], out, mask=valid[:, None] & (d < D)[None, :])
+    ab = tl.trans(tl.load(a + pair, mask=pair_mask, other=0.0).to(CT))
+    for d0 in range(0, V, BV):
+        d = d0 + tl.arange(0, BV)
+        sb = load_part(tiles + where + D, m, d, V, D + V, M)
+        gb = load_part(dtiles + where + D, m, d, V, D + V, M)
+        across += tl.sum(gb.to(tl.float32) * sb.to(tl.float32), 1)
+        reads += mm(load_rows(v, token, valid, V, d, CT), tl.trans(gb), CT)
+        out = mm(we, gb, CT) + mm(ab, load_rows(do, row, row_valid, V, d, CT), CT)
+        tl.store(dv + token[:, None] * V + d[None, :], out, mask=valid[:, None] & (d < V)[None, :])
+    dw = rest * reads
+    flow = mm(tl.where(i[None, :] < i[:, None], 1.0, 0.0), w * dw, CT)
+    flow += (tl.exp2(tl.sum(x, 0)) * across)[None, :]
+    cell = token[:, None] * M + m[None, :]
+    mask = valid[:, None] & (m < M)[None, :]
+    grad = tl.load(dlog_alpha + cell, mask=mask, other=0.0) + flow - tl.exp2(x) * dw
+    tl.store(dlog_alpha + cell, grad, mask=mask)
+
+
+def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_seqlens, operand=tl.bfloat16):
+    """(dq, dk, dv, dlog_alpha in fp32, gradients of the initial states in fp32 or None)."""
+    B, T, HQ, D = q.shape
+    H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
+    group = HQ // H
+    walk = Walk(log_alpha, D, V, cu_seqlens, operand, False)
+    tiles = walk.tile_states(((walk.write, k), (walk.write, v)), initial, None)
+
+    def empty(width, dtype):
+        return torch.empty(B, T, HQ, width, dtype=dtype, device=q.device)
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dlog_alpha = torch.empty(log_alpha.shape, dtype=torch.float32, device=q.device)
+    p, ds, a, da = (empty(width, walk.store) for width in (M, M, 16, 16))
+    place = (walk.tiles.bounds, T, walk.tiles.per_sequence, H, HQ, group)
+    sizes = (D, V, M, triton.next_power_of_2(group), pad(M), min(64, pad(D)), min(64, pad(V)))
+    options = {"PACKED": cu_seqlens is not None, "CT": operand}
+    grid = (walk.tiles.count * H,)
+    tile_query_kernel[grid](
+        q, k, v, log_alpha, visible, do, tiles, dq, p, ds, da, a, dlog_alpha, *place, scale, scale * LOG2E, *sizes,
+        **options, LIMITED=visible is not None, **launch.QUERY,
+    )  # fmt: skip
+    dinitial = None
+    if initial is not None:
+        dinitial = tuple(torch.empty_like(s, dtype=torch.float32) for s in initial)
+    dtiles = walk.tile_states(((ds, q), (p, do)), dfinal, dinitial, group=group, reverse=True)
+    tile_key_kernel[grid](
+        q, k, v, log_alpha, do, da, a, tiles, dtiles, dk, dv, dlog_alpha, *place, *sizes, **options,
+        **launch.KEY,
+    )  # fmt: skip
+    return dq, dk, dv, dlog_alpha, dinitial

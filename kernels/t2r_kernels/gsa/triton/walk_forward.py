@@ -1,0 +1,90 @@
+"""The fast forward pass in bf16: a program walks its segment in tiles of 16 tokens with both states in registers."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .common import LOG2E, chunk_range, load_rows, readable, row_offsets
+from .walk import TILE, TINY, Walk, pad, segment_length
+
+
+@triton.jit
+def load_state(ptr, m, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr):
+    d = tl.arange(0, BLOCK)
+    mask = (m < M)[:, None] & (d < WIDTH)[None, :]
+    return tl.load(ptr + m[:, None] * STRIDE + d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def walk_forward_kernel(
+    q, k, v, visible, high, low, read, write, gamma, states, o, bounds, T, NS, H, HQ, G, scale_log2,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, EMPTY: tl.constexpr, LIMITED: tl.constexpr,
+    CT: tl.constexpr,
+):  # fmt: skip
+    """o of one (segment, key/value head) and all its query heads; EMPTY: the segments start from nothing."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
+    start, stop, n = chunk_range(bounds, c, T, NS, S, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, TILE)
+    m = tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
+    if EMPTY:
+        state_k = tl.zeros([BM, BD], tl.float32)
+        state_v = tl.zeros([BM, BV], tl.float32)
+    else:
+        base = states + (c.to(tl.int64) * H + h) * (M * (D + V))
+        state_k = load_state(base, m, D, BD, D + V, M)
+        state_v = load_state(base + D, m, V, BV, D + V, M)
+    for tile in range(0, (stop - start).to(tl.int32), TILE):
+        first = start + tile
+        token = (first + i) * H + h
+        valid = (first + i) < stop
+        t, row, row_valid = row_offsets(first, stop, h, 0, HQ, G, TILE, BG)
+        qb = load_rows(q, row, row_valid, D, d, CT)
+        kb = load_rows(k, token, valid, D, d, CT)
+        vb = load_rows(v, token, valid, V, e, CT)
+        wi = load_rows(read, token, valid, M, m, CT)
+        pick = (t[:, None] == i[None, :]).to(CT)
+        factor = tl.dot(pick, load_rows(high, token, valid, M, m, CT), input_precision="ieee")
+        factor = tl.dot(pick, load_rows(low, token, valid, M, m, CT), factor, input_precision="ieee")
+        causal = i[None, :] <= t[:, None]
+        qk = tl.where(causal, tl.dot(qb, tl.trans(kb), input_precision="ieee"), 0.0).to(CT)
+        s = tl.dot(qb, tl.trans((state_k * TINY).to(CT)), input_precision="ieee")
+        s = tl.dot(qk, wi, s, input_precision="ieee") * (factor * scale_log2)
+        if LIMITED or M < BM:
+            s = tl.where(readable(visible, first, t, row_valid, m, M, LIMITED), s, float("-inf"))
+        p = tl.exp2(s - tl.max(s, 1)[:, None])
+        p = (p * (factor / tl.sum(p, 1)[:, None])).to(CT)
+        a = tl.where(causal, tl.dot(p, tl.trans(wi), input_precision="ieee"), 0.0).to(CT)
+        ob = tl.dot(p, (state_v * TINY).to(CT), input_precision="ieee")
+        ob = tl.dot(a, vb, ob, input_precision="ieee")
+        tl.store(o + row[:, None] * V + e[None, :], ob, mask=row_valid[:, None] & (e < V)[None, :])
+        decay = tl.load(gamma + (((first // TILE) + n) * H + h) * M + m, mask=m < M, other=1.0)
+        we = tl.trans(load_rows(write, token, valid, M, m, CT))
+        state_k = tl.dot(we, kb, state_k * decay[:, None], input_precision="ieee")
+        state_v = tl.dot(we, vb, state_v * decay[:, None], input_precision="ieee")
+
+
+def walk_forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_seqlens, operand=tl.bfloat16):
+    """o [B, T, HQ, V]; writes `final` (pair of fp32 states, or None)."""
+    B, T, HQ, D = q.shape
+    H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
+    walk = Walk(log_alpha, D, V, cu_seqlens, operand, True)
+    length = segment_length(T, H * (B if cu_seqlens is None else 1), q.device)
+    segments = walk.segments(length)
+    states = walk.segment_states(((walk.write, k), (walk.write, v)), initial, final, segments, length)
+    o = torch.empty(B, T, HQ, V, dtype=q.dtype, device=q.device)
+    walk_forward_kernel[(segments.count * H,)](
+        q, k, v, visible, walk.high, walk.low, walk.read, walk.write, walk.gamma, states, o, segments.bounds, T,
+        segments.per_sequence, H, HQ, HQ // H, scale * LOG2E,
+        D, V, M, length, triton.next_power_of_2(HQ // H), pad(M), pad(D), pad(V),
+        PACKED=segments.bounds is not None, EMPTY=states is None, LIMITED=visible is not None, CT=operand,
+        **launch.FORWARD,
+    )  # fmt: skip
+    return o
