@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     NotASafetensorsRepoError,
     SafetensorsParsingError,
 )
+from huggingface_hub.utils import logging
 
 from t2r.convert.headers import StoredTensor
 from t2r.errors import InputError
@@ -21,8 +22,11 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """True for text of the form org/name that could name a Hub repository."""
-    return bool(_HUB_ID.fullmatch(str(source)))
+    """True for text of the form org/name that could name a Hub repository.
+
+    Where a folder `org` lies here, org/name is a path: a mistyped one must not be looked for on the Hub.
+    """
+    return bool(_HUB_ID.fullmatch(str(source))) and not Path(source).parent.is_dir()
 
 
 def download(source: str, patterns: list[str]) -> Path:
@@ -53,9 +57,13 @@ def remote_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
 
 @contextmanager
 def _one_line(source: str) -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would tell of every attempt to connect
     try:
         yield
     except LocalEntryNotFoundError as error:
         raise InputError(f"{source}: no such folder here, and the Hub cannot be reached") from error
     except (HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise InputError(f"{source}: no such folder here; the Hub says: {' '.join(str(error).split())}") from error
+    finally:
+        logging.set_verbosity(verbosity)

@@ -87,3 +87,10 @@ def test_hub_ids(text):
 @pytest.mark.parametrize("text", ["/a/b", "./a", "../a", "a", "a/b/c", "~/a", Path("/x"), "a b/c", ""])
 def test_no_hub_ids(text):
     assert not is_hub_id(text)
+
+
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(t2r, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    answer = t2r("info", "runs/modle")
+    assert (answer.code, answer.err) == (2, "Error: runs/modle: no such folder, and not a Hub id (org/name)\n")
