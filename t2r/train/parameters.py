@@ -9,6 +9,9 @@ from t2r.model.mixers import Mixer
 from t2r.recipe import AlignStage, Stage
 from t2r.recipe.stages import Lora
 
+# A firm gate has a small slope (sigmoid'(8) = 3e-4), and AdamW's usual eps would drown the gradients behind it.
+ADAM_EPS = {"new": 1e-15, "mixer": 1e-8, "rest": 1e-8}
+
 
 def roles(student: nn.Module) -> dict[int, str]:
     """ "new" or "mixer" by id of each mixer parameter; whatever is missing is "rest"."""
@@ -51,7 +54,8 @@ def optimizer_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
             kind = role.get(id(parameter), "rest")
             decay = 0.0 if (kind == "new" and "lora_" not in name) or parameter.dim() < 2 else stage.weight_decay
             group = groups.setdefault(
-                (kind, decay), {"params": [], "lr": rate[kind], "weight_decay": decay, "name": kind}
+                (kind, decay),
+                {"params": [], "lr": rate[kind], "weight_decay": decay, "eps": ADAM_EPS[kind], "name": kind},
             )
             group["params"].append(parameter)
     order = ("mixer", "new", "rest")

@@ -25,9 +25,9 @@ class GSAOptions(MixerOptions):
     slots: int = Field(64, ge=1, le=4096)
     sinks: int = Field(4, ge=0, description="slots that keep the first tokens (transfer)")
     ring: int | None = Field(None, ge=0, description="slots that keep the last tokens; slots - sinks (transfer)")
-    # a = 6 starts better than a = 30 (an old token fades instead of vanishing) and leaves the gates a gradient; a sink
-    # has to last as long as the sequence, and at a = 6 would be half gone after 280 tokens
-    clock_amplitude: float = Field(6.0, ge=0.0, le=80.0, description="how firmly the clock sets the gates (transfer)")
+    # At 8 an old token fades over the last rounds of the ring instead of vanishing, which starts slightly better than
+    # the exact window, and the gates keep a gradient. A sink has to last as long as the sequence.
+    clock_amplitude: float = Field(8.0, ge=0.0, le=80.0, description="how firmly the clock sets the gates (transfer)")
     sink_amplitude: float = Field(16.0, ge=0.0, le=80.0, description="the same for the sinks (transfer)")
     half_lives: tuple[float, float] = Field(
         (32.0, 2048.0), description="shortest and longest half-life of the long-lived slots, in tokens (transfer)"
