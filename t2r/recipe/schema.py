@@ -86,10 +86,8 @@ class Log(Section):
 class Distributed(Section):
     """How torchrun's processes share the model. One process: ignored."""
 
-    fsdp: Text | None = Field(default=None, description="transformers' --fsdp, for example full_shard; null: DDP")
-    fsdp_config: dict[str, Any] = Field(
-        default={}, description="transformers' --fsdp_config; FSDP2 unless it says otherwise"
-    )
+    fsdp: bool = Field(default=False, description="shard weights, gradients and optimiser (FSDP2); false: DDP")
+    fsdp_config: dict[str, Any] = Field(default={}, description="transformers' --fsdp_config")
 
 
 class Recipe(Section):

@@ -60,6 +60,7 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
         use_cache=True,  # what the saved configuration says; training passes use_cache=False
         disable_tqdm=True,
         report_to=_trackers(recipe, folder),
+        ddp_find_unused_parameters=False,
         run_name=f"{Path(recipe.output).name}-{folder.name}",
         project=recipe.log.project,
         **_sharding(recipe, stage, number),
@@ -83,12 +84,12 @@ def _trackers(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def _sharding(recipe: Recipe, stage: Stage, number: int) -> dict[str, Any]:
-    if recipe.distributed.fsdp is None or number == 1:
+    if not recipe.distributed.fsdp or number == 1:
         return {}
     if stage.adapter is not None:
         raise InputError("distributed.fsdp: not together with an adapter; leave fsdp out (DDP) for that stage's run")
-    config = {"fsdp_version": 2, **recipe.distributed.fsdp_config}
+    config = {"version": 2, **recipe.distributed.fsdp_config}
     if isinstance(stage, AlignStage):
         # Align calls the mixers one by one, past their layers: each has to gather its own weights.
         config["transformer_layer_cls_to_wrap"] = [mixer.__name__ for mixer in MIXERS.values()]
-    return {"fsdp": recipe.distributed.fsdp, "fsdp_config": config}
+    return {"fsdp": True, "fsdp_config": config}

@@ -191,8 +191,8 @@ def validation_windows(texts: list[str], tokenizer: Any, *, length: int, count: 
 class Batches(torch.utils.data.IterableDataset):
     """Micro-batches of one process, each with the state of the stream after it.
 
-    Every process reads the same rows and keeps each `world`-th: the rows of an optimiser step do not depend on how
-    many processes share them, so a run may be resumed on another number.
+    Every process reads the same rows and keeps each `world`-th micro-batch: the micro-batches of an optimiser step do
+    not depend on how many processes share them, so a run may be resumed on another number.
     """
 
     def __init__(self, rows: PackedRows, *, size: int, rank: int, world: int) -> None:
@@ -204,7 +204,7 @@ class Batches(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], State]]:
         kept: list[Row] = []
         for number, (state, row) in enumerate(self._rows, 1):
-            if (number - 1) % self._world == self._rank:
+            if (number - 1) // self._size % self._world == self._rank:
                 kept.append(row)
             if number % (self._size * self._world) == 0:
                 yield collate(kept), state

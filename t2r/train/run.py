@@ -52,6 +52,8 @@ def finetune(recipe: Recipe, *, resume: Resume | str = "auto") -> Path:
     if not (folder.converted / CONFIG).is_file():
         raise InputError(f"{folder.converted}: no converted student there; `t2r finetune` and `t2r run` convert first")
     state = processes()
+    if not state.is_main_process:
+        logging.getLogger("t2r").setLevel(logging.ERROR)  # one process tells
     if state.is_main_process:
         folder.claim()
         _reset(folder, resume)

@@ -314,9 +314,9 @@ def test_bf16_trains_fp32_weights(make_recipe: MakeRecipe, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    alone = make_recipe(STAGES["distill"], output="alone")
+    alone = make_recipe(STAGES["align"], output="alone")
     finetune(alone)
-    recipe = make_recipe(STAGES["distill"], output="pair")
+    recipe = make_recipe(STAGES["align"], output="pair")
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     ended = subprocess.run(
