@@ -98,7 +98,7 @@ def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) ->
 
     results, samples = measure(recipe, folder)
     report = Report(
-        title=f"{Path(recipe.model.source).name} as a recurrent model",
+        title=f"{recipe.model.source.removeprefix('shipped:')} as a recurrent model",
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         command=shlex.join(_command()),
         source=recipe.model.source,
@@ -241,7 +241,7 @@ def describe_conversion(recipe: "Recipe", folder: "RunFolder") -> "Conversion":
 
 
 def _one_line(mixer: "MixerOptions") -> str:
-    options = mixer.model_dump(mode="json", exclude_none=True, exclude={"name", "layers"})
+    options = {key: value for key, value in mixer.stored().items() if key != "name"}
     return ", ".join([mixer.name, *(f"{key} {value}" for key, value in options.items()), f"layers {mixer.layers}"])
 
 
