@@ -21,7 +21,26 @@ MIXERS = {
     },
     "gsa-paper": {"name": "gsa", "style": "paper", "slots": 8},
     "softmax-window": {"name": "softmax", "sinks": 2, "window": 5},
-    "hybrid": {"name": "gsa", "slots": 8, "clock_amplitude": 2.0, "sink_amplitude": 3.0, "layers": "all except 1"},
+    "gla": {"name": "gla", "rank": 4},
+    "gla-pooled": {"name": "gla", "gate": "pooled", "tau": 2.0},
+    "retnet": {"name": "retnet"},
+    "hgrn2": {"name": "hgrn2"},
+    "mamba2": {"name": "mamba2"},
+    "linear-elu": {"name": "linear", "map": "elu"},
+    "linear-relu": {"name": "linear", "map": "relu"},
+    "linear-t2r": {"name": "linear", "map": "t2r"},
+    "linear-hedgehog": {"name": "linear", "map": "hedgehog"},
+    "linear-supra": {"name": "linear", "map": "supra"},
+    "abc": {"name": "abc", "slots": 8},
+    "hybrid-gsa": {"name": "hybrid", "sinks": 1, "window": 4, "recurrent": {"name": "gsa", "slots": 8}},
+    "hybrid-gla": {"name": "hybrid", "sinks": 1, "window": 4, "recurrent": {"name": "gla", "gate": "pooled"}},
+    "layers-left-out": {
+        "name": "gsa",
+        "slots": 8,
+        "clock_amplitude": 2.0,
+        "sink_amplitude": 3.0,
+        "layers": "all except 1",
+    },
 }
 SHAPE = {
     "vocab_size": 61,
@@ -70,9 +89,17 @@ def students():
     return get
 
 
+ON_EVERY_HOST = ("gsa-transfer", "softmax-window", "layers-left-out")
+
+
 @pytest.fixture(params=MIXERS)
 def mixer(request):
     return request.param
+
+
+@pytest.fixture
+def mixer_options(mixer):
+    return MIXERS[mixer]
 
 
 @pytest.fixture(params=HOST_CONFIGS)
@@ -80,10 +107,18 @@ def host(request):
     return request.param
 
 
-@pytest.fixture
-def student(students, host, mixer):
-    """Every host with every mixer."""
-    return students(host, mixer)
+@pytest.fixture(
+    params=[(h, m) for h in HOST_CONFIGS for m in MIXERS if h == "mistral" or m in ON_EVERY_HOST], ids="-".join
+)
+def student(students, request):
+    """Every mixer on one host, and every host with some mixers."""
+    return students(*request.param)
+
+
+@pytest.fixture(params=ON_EVERY_HOST)
+def some_mistral(students, request):
+    """Some mixers, in a copy that the test may change."""
+    return copy.deepcopy(students("mistral", request.param))
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_initial_values_are_exactly_the_new_parameters(student):
 
 def test_configurations_go_there_and_back(host_configs, host, students):
     plain = host_configs[host]()
-    student = student_config(plain, students(host, "hybrid").config.mixers)
+    student = student_config(plain, students(host, "layers-left-out").config.mixers)
     back = host_config(student).to_dict()
     assert back == plain.to_dict()
 
@@ -75,7 +75,7 @@ def test_describe_counts_what_the_model_has(student):
     told = describe(student.config)
     assert told["parameters"]["total"] == sum(p.numel() for p in student.parameters())
     new = [p for m in student.modules() if isinstance(m, Mixer) for p in m.new_parameters().values()]
-    assert told["parameters"]["mixer"] == sum(p.numel() for p in new)
+    assert told["parameters"]["mixer"] == sum({id(p): p.numel() for p in new}.values())
     with torch.no_grad():
         cache = student(torch.arange(3, 40)[None], use_cache=True).past_key_values
     layers = student.config.mixers.count(None)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from t2r.model import Mixer
 
@@ -35,6 +35,28 @@ def test_gradient_checkpointing_changes_nothing(mistral, tokens, reentrant):
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def teacher(embedded_teacher):
+    return AutoModelForCausalLM.from_pretrained(embedded_teacher, dtype=torch.float32)
+
+
+def test_a_converted_student_learns(teacher, embedded_teacher, build_student, mixer_options):
+    tokenizer = AutoTokenizer.from_pretrained(embedded_teacher)
+    text = "The old house stood at the end of the lane, and nobody had lived in it for years. " * 3
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :64]
+    student = build_student(teacher.config, mixer_options, wild=False)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4)
+    losses = []
+    for _ in range(4):
+        loss = student(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
 def test_padding_gives_no_gradient(mistral, tokens):
     text = tokens(1, 12)
     padded, mask = torch.cat([text, text.new_zeros(1, 5)], 1), torch.tensor([[1] * 12 + [0] * 5])
@@ -54,9 +76,9 @@ def test_compiled_forward_equals_eager(students, tokens):
         torch.testing.assert_close(compiled(text, use_cache=False).logits, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_hidden_states_are_recorded(mistral, tokens):
+def test_hidden_states_are_recorded(some_mistral, tokens):
     with torch.no_grad():
-        output = mistral(tokens(2, 9), output_hidden_states=True)
+        output = some_mistral(tokens(2, 9), output_hidden_states=True)
     assert [x.shape for x in output.hidden_states] == [(2, 9, 32)] * 4
 
 
@@ -84,27 +106,26 @@ def test_lora_attaches_trains_and_merges(mistral, tokens, tmp_path):
     assert merged.generate(text[:, :4], max_new_tokens=3, do_sample=False).shape == (2, 7)
 
 
-def test_trainer_takes_a_step(mistral, tokens, tmp_path):
-    before = copy.deepcopy(mistral.state_dict())
+def test_trainer_takes_a_step(some_mistral, tokens, tmp_path):
+    before = copy.deepcopy(some_mistral.state_dict())
     arguments = TrainingArguments(
         tmp_path, max_steps=1, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True
     )
     rows = [{"input_ids": row, "labels": row} for row in tokens(4, 16)]
-    Trainer(mistral, arguments, train_dataset=rows, eval_dataset=rows).train()
-    for module_name, module in mistral.named_modules():
+    Trainer(some_mistral, arguments, train_dataset=rows, eval_dataset=rows).train()
+    for module_name, module in some_mistral.named_modules():
         if isinstance(module, Mixer):
             for name in module.new_parameters():
                 assert not torch.equal(before[f"{module_name}.{name}"], module.get_parameter(name)), name
 
 
-def test_lm_eval_scores_and_generates(students, mixer, embedded_teacher):
+def test_lm_eval_scores_and_generates(some_mistral, embedded_teacher):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
 
     if not (embedded_teacher / "tokenizer.json").is_file():
         pytest.skip("SKIPPED FOR LACK OF DATA: the embedded teacher has no tokenizer")
-    model = copy.deepcopy(students("mistral", mixer))
+    model = some_mistral
     tokenizer = AutoTokenizer.from_pretrained(embedded_teacher)
     torch.manual_seed(0)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

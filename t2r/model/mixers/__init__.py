@@ -11,13 +11,41 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from t2r.errors import InputError
+from t2r.model.mixers.abc import ABCMixer, ABCOptions
 from t2r.model.mixers.base import Mixer, MixerOptions, layer_generator, nearest
+from t2r.model.mixers.gla import GLAMixer, GLAOptions
 from t2r.model.mixers.gsa import GSAMixer, GSAOptions
+from t2r.model.mixers.hgrn2 import HGRN2Mixer, HGRN2Options
+from t2r.model.mixers.hybrid import HybridMixer, HybridOptions
+from t2r.model.mixers.linear import LinearMixer, LinearOptions
+from t2r.model.mixers.mamba2 import Mamba2Mixer, Mamba2Options
+from t2r.model.mixers.retnet import RetNetMixer, RetNetOptions
 from t2r.model.mixers.softmax import SoftmaxMixer, SoftmaxOptions
 
-MIXERS: dict[str, type[Mixer]] = {"gsa": GSAMixer, "softmax": SoftmaxMixer}
+MIXERS: dict[str, type[Mixer]] = {
+    "gsa": GSAMixer,
+    "softmax": SoftmaxMixer,
+    "hybrid": HybridMixer,
+    "gla": GLAMixer,
+    "retnet": RetNetMixer,
+    "hgrn2": HGRN2Mixer,
+    "mamba2": Mamba2Mixer,
+    "linear": LinearMixer,
+    "abc": ABCMixer,
+}
 
-AnyMixerOptions = Annotated[GSAOptions | SoftmaxOptions, Field(discriminator="name")]
+AnyMixerOptions = Annotated[
+    GSAOptions
+    | SoftmaxOptions
+    | HybridOptions
+    | GLAOptions
+    | RetNetOptions
+    | HGRN2Options
+    | Mamba2Options
+    | LinearOptions
+    | ABCOptions,
+    Field(discriminator="name"),
+]
 
 
 def parse_options(options: Mapping[str, Any]) -> MixerOptions:

@@ -1,0 +1,82 @@
+"""A window of softmax attention beside a recurrence in the same layer, mixed per head by a learned share."""
+
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from t2r.model.mixers.base import Mixer, MixerOptions, RecurrentMixer, Rotary, head_shape, rotate
+from t2r.model.mixers.gla import GLAMixer, GLAOptions
+from t2r.model.mixers.gsa import GSAMixer, GSAOptions
+from t2r.model.mixers.softmax import Window
+from t2r.model.sequence import SequenceInfo
+
+_RECURRENT: dict[str, type[RecurrentMixer]] = {"gsa": GSAMixer, "gla": GLAMixer}
+
+
+class HybridOptions(MixerOptions):
+    """Options of `hybrid`."""
+
+    name: Literal["hybrid"] = "hybrid"
+    recurrent: Annotated[GSAOptions | GLAOptions, Field(discriminator="name", default_factory=lambda: GSAOptions())]
+    window: int = Field(64, ge=1, description="how many last tokens the softmax sees")
+    sinks: int = Field(4, ge=0, description="how many first tokens it sees besides")
+
+    def stored(self) -> dict[str, Any]:
+        """As `MixerOptions.stored`, with the recurrence's own stored options."""
+        return super().stored() | {"recurrent": self.recurrent.stored()}
+
+
+class HybridMixer(Mixer):
+    """o = m * window + (1 - m) * recurrence before o_proj, m = sigmoid(mix) per query head; both read the same q, k, v.
+
+    In the manner of Based, LoLCATs and Liger (arXiv 2402.18668, 2410.10254, 2503.01496). The share starts at
+    sigmoid(2) = 0.88 of the window, the half that already works.
+    """
+
+    options_class: ClassVar[type[MixerOptions]] = HybridOptions
+
+    def __init__(self, attention: nn.Module, config: PreTrainedConfig, options: HybridOptions, layer_idx: int) -> None:
+        super().__init__(attention, config, options, layer_idx)
+        # without the projections, which the two halves share
+        bare: Any = SimpleNamespace(scaling=attention.scaling)
+        self.recurrent = _RECURRENT[options.recurrent.name](bare, config, options.recurrent, layer_idx)
+        self.mix = nn.Parameter(torch.empty(self.query_heads))
+        self.window = Window(options.sinks, options.window)
+
+    def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """The recurrence's own, and mix 2."""
+        inner = self.recurrent.initial_values(generator)
+        mix = torch.full((self.query_heads,), 2.0, device="cpu")
+        return {f"recurrent.{name}": value for name, value in inner.items()} | {"mix": mix}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rotary,
+        attention_mask: SequenceInfo,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As `Mixer.forward`; the states are the recurrence's, then the window's two."""
+        info, layer = attention_mask, self.cache_layer(past_key_values)
+        keep, states = layer is not None, layer and layer.states
+        q, k, v = self.project(hidden_states)
+        inputs = self.recurrent.inputs(hidden_states, q, k, v, position_embeddings, info)
+        o, recurrent_states = self.recurrent.run(inputs, states and states[:-2], keep, info)
+        q, k = rotate(q, k, position_embeddings)
+        near, slots = self.window.attend(q, k, v, info, states and states[-2:], keep, self.scaling)
+        if layer is not None:
+            layer.store((*(recurrent_states or ()), *(slots or ())))
+        share = self.mix.float().sigmoid().to(near.dtype).repeat_interleave(self.head_dim)
+        return self.o_proj(share * near.flatten(2) + (1 - share) * self.recurrent.finish(o)), None
+
+    @classmethod
+    def state_shapes(cls, config: PreTrainedConfig, options: HybridOptions) -> list[tuple[int, ...]]:
+        """As `Mixer.state_shapes`: the recurrence's, then the window's keys and values."""
+        _, heads, dim = head_shape(config)
+        inner = _RECURRENT[options.recurrent.name].state_shapes(config, options.recurrent)
+        return inner + [(heads, options.sinks + options.window, dim)] * 2
