@@ -107,6 +107,10 @@ def test_autocast_changes_nothing(backend, seed):
 
     plain, cast = run(call, inputs, seed), run(cast_call, inputs, seed)
     assert all(torch.equal(cast[name], x) for name, x in plain.items())
+    if backend == "torch":  # its backward is its own
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = run(call, inputs, seed)
+        assert all(torch.equal(cast[name], x) for name, x in plain.items())
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])
@@ -164,6 +168,20 @@ def test_steps_after_a_prefill_are_the_whole_and_update_the_state_in_place(gate,
 
 def _without_state(inputs):
     return {name: x for name, x in inputs.items() if name not in "KV"}
+
+
+@pytest.mark.parametrize("way", ["naive", "torch", "step"])
+def test_a_gate_next_to_one_writes_exactly_its_little(way, seed):
+    """1 - exp(-1e-6) has no correct digit but the first in float32."""
+    inputs = _without_state(gsa_inputs("open", seed, tokens=1)) | {"log_alpha": torch.full((2, 1, 2, 5), -1e-6)}
+    if way == "step":
+        state = torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 12)
+        gsa_step(**{name: x[:, 0] for name, x in inputs.items()}, state=state)
+    else:
+        _, state = gsa(**inputs, output_final_state=True, backend=way)
+    for got, name in zip(state, "kv", strict=True):
+        want = 1e-6 * inputs[name].transpose(1, 2).expand_as(got)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
 def test_documents_do_not_see_each_other(seed):
