@@ -1,5 +1,8 @@
 """MQAR: what an example holds, and that training finds it."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -94,3 +97,22 @@ def test_attention_learns_it_and_the_sweep_keeps_the_best() -> None:
     assert "accuracy, %" in draw(results, SMALL)
     poor = train(softmax("softmax", 64), SMALL.model_copy(update={"epochs": 1}), 1e-6)
     assert poor.accuracy < 0.3
+
+
+def test_command_writes_table_and_figure(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from t2r.cli.bench_mqar import command
+
+    small = "--widths 16 --lr 1e-3 --length 16 --pairs 2 --vocabulary 16 --examples 64 --epochs 1 --batch-size 32"
+    mixers = "softmax gsa:style=paper,slots=8"
+    arguments = ["--output", str(tmp_path / "out"), "--mixers", mixers, *small.split(), "--device", "cpu"]
+    run = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert run.exit_code == 0
+    table = (tmp_path / "out" / "mqar.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == mixers.split()
+    record = json.loads((tmp_path / "out" / "mqar.json").read_text())
+    assert [r["mixer"] for r in record["results"]] == mixers.split()
+    assert "<svg" in (tmp_path / "out" / "mqar.svg").read_text()
+    refused = CliRunner().invoke(command, [*arguments[:3], "softmax gsa:slotz=8", *arguments[4:]])
+    assert "slots" in str(refused.exception)

@@ -1,0 +1,111 @@
+"""t2r bench mqar: accuracy of small models on multi-query associative recall, by mixer and width."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("mqar", short_help="Train small models on associative recall.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for mqar.json, .md and .svg.")
+@click.option("--mixers", default="softmax gsa:style=paper", show_default=True, help="With options, a space apart.")
+@click.option("--widths", default="64,128,256,512", show_default=True)
+@click.option("--lr", "learning_rates", default="", help="Learning rates; default: the paper's four.")
+@click.option("--length", type=int, default=512, show_default=True)
+@click.option("--pairs", type=int, default=64, show_default=True)
+@click.option("--vocabulary", type=int, default=8192, show_default=True)
+@click.option("--examples", "train_examples", type=int, default=100_000, show_default=True)
+@click.option("--epochs", type=int, default=64, show_default=True)
+@click.option("--batch-size", type=int, default=256, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def command(output: Path, mixers: str, widths: str, learning_rates: str, device: str, **settings: Any) -> None:
+    """Train models of two layers from scratch and write accuracy against width, the best learning rate of each.
+
+    The defaults are the hardest setting of the GSA paper (arXiv 2409.07146): 512 tokens, 64 pairs. "softmax" is the
+    host's full attention. Example: t2r bench mqar --output runs/mqar --mixers "softmax gsa:style=paper,slots=64"
+    """
+    import json
+
+    import torch
+    from pydantic import ValidationError
+
+    from t2r.errors import InputError
+    from t2r_evals.mqar import PAPER_LEARNING_RATES, MqarOptions, draw, sweep
+    from t2r_evals.provenance import machine, versions
+    from t2r_evals.report.svg import standalone
+
+    try:
+        options = MqarOptions(**settings)
+        sizes = [int(width) for width in widths.split(",")]
+        rates = [float(rate) for rate in learning_rates.split(",") if rate] or list(PAPER_LEARNING_RATES)
+    except ValidationError as error:
+        raise InputError(f"mqar: {error.errors()[0]['msg']}") from None
+    except ValueError as error:
+        raise InputError(f"mqar: {error}") from None
+    specs = mixers.split()
+    for spec in specs:
+        for width in sizes:
+            build(spec, width, options.vocabulary, options.length, check_only=True)
+    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    results = sweep(
+        lambda spec, width: build(spec, width, options.vocabulary, options.length),
+        specs,
+        sizes,
+        options,
+        learning_rates=rates,
+        device=target,
+    )
+    record = {
+        "options": options.model_dump(),
+        "results": [result.model_dump() for result in results],
+        "machine": machine(),
+        "versions": versions(),
+    }
+    lines = ["| mixer | " + " | ".join(f"width {width}" for width in sizes) + " |", "|---|" + "---:|" * len(sizes)]
+    for spec in specs:
+        row = [next(r.accuracy for r in results if (r.mixer, r.width) == (spec, width)) for width in sizes]
+        lines.append(f"| {spec} | " + " | ".join(f"{100 * value:.1f}" for value in row) + " |")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "mqar.json").write_text(json.dumps(record, indent=1) + "\n")
+    (output / "mqar.svg").write_text(standalone(draw(results, options)))
+    (output / "mqar.md").write_text("\n".join(lines) + "\n")
+    click.echo("\n".join(lines))
+
+
+def build(spec: str, width: int, vocabulary: int, length: int, *, check_only: bool = False) -> Any:
+    """An untrained model of two layers with the mixer that `spec` ("name:key=value,...") describes.
+
+    Raises:
+        InputError: an unknown mixer or option, or a width that is no multiple of the head size.
+    """
+    import torch
+    import yaml
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    from t2r.errors import InputError
+    from t2r.model import assign_mixers, parse_options, student_config
+
+    name, _, text = spec.partition(":")
+    values = dict(part.partition("=")[::2] for part in text.split(",") if part)
+    heads = max(1, width // 64)
+    if width % heads or (width // heads) % 2:
+        raise InputError(f"mqar: width {width} does not divide into {heads} heads of an even size")
+    host = MistralConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=width // heads,
+        max_position_embeddings=length,
+        sliding_window=None,
+        tie_word_embeddings=True,
+    )
+    config: Any = host
+    if spec != "softmax":
+        options = parse_options({"name": name, **{key: yaml.safe_load(value) for key, value in values.items()}})
+        config = student_config(host, assign_mixers(options, 2))
+    with torch.device("meta" if check_only else "cpu"):
+        return AutoModelForCausalLM.from_config(config)
