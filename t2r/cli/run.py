@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def _window_only(mixer: "MixerOptions") -> "MixerOptions":
     return parse_options({"name": "softmax", "sinks": sinks, "window": slots - sinks, "layers": mixer.layers})
 
 
-def _convert(recipe: "Recipe", mixers: "list[MixerOptions]", destination: Path) -> None:
+def _convert(recipe: "Recipe", mixers: "Sequence[MixerOptions]", destination: Path) -> None:
     from t2r.convert import convert
     from t2r.resources import resolve
 
