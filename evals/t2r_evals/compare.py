@@ -123,11 +123,11 @@ def compare_pair(model: ModelResult, baseline: ModelResult) -> list[Comparison]:
 
 
 def compare_all(results: Sequence[ModelResult]) -> list[Comparison]:
-    """Every other model against the first teacher, on every measurement that both have; nothing without a teacher."""
+    """Every model against the first teacher, then every student against every control, on what both have measured."""
     teacher = next((result for result in results if result.role == "teacher"), None)
-    if teacher is None:
-        return []
-    return [found for result in results if result is not teacher for found in compare_pair(result, teacher)]
+    pairs = [(result, teacher) for result in results if teacher is not None and result is not teacher]
+    pairs += [(a, b) for a in results if a.role == "student" for b in results if b.role == "control"]
+    return [found for model, baseline in pairs for found in compare_pair(model, baseline)]
 
 
 def worst_examples(results: Sequence[ModelResult], per_task: int = 3) -> list[Example]:

@@ -47,9 +47,11 @@ def test_teacher_near_chance_leaves_recovered_blank(report: schema.Report) -> No
 
 def test_report_pairs_every_model_with_the_teacher(report: schema.Report) -> None:
     found = compare.compare_all(report.results)
-    assert {(c.model, c.measurement) for c in found} == {
-        (model, what) for model in ("student", "no training", "window only") for what in ("language", "arc_easy")
-    }
+    pairs = [("student", "teacher"), ("no training", "teacher"), ("window only", "teacher")]
+    pairs += [("student", "no training"), ("student", "window only")]
+    assert [(c.model, c.baseline, c.measurement) for c in found] == [
+        (*pair, what) for pair in pairs for what in ("language", "arc_easy")
+    ]
     student = next(c for c in found if c.model == "student" and c.measurement == "arc_easy")
     assert (student.wins, student.losses) == (10, 20)
     assert student.difference == pytest.approx(-0.05)

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from t2r_evals import InputError, load_report, render_html, render_markdown, schema, write_report
+from t2r_evals.compare import compare_all
 from t2r_evals.merge import merge_reports
 from t2r_evals.report import formats
 from t2r_evals.report.plots import figures
@@ -32,15 +33,19 @@ def test_markdown_and_html_are_functions_of_the_json(folder: Path) -> None:
 def test_every_number_of_the_verdict_is_there(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "0.170 above the teacher's 2.722" in text
-    assert "The student beats each" in text
-    assert "| arc\\_easy | student | 200 | -5.0 | -10.4 to +0.4 | 10 | 20 | 170 | 0.0987 | 90.0 |" in text
+    assert "0.130 better than no training (+0.300), 0.040 better than window only (+0.210)" in text
+    assert "Training closed 43% of the gap" in text
+    assert "| arc\\_easy | student | teacher | 200 | -5.0 | -10.4 to +0.4 | 10 | 20 | 170 | 0.0987 | 90.0 |" in text
 
 
 def test_a_student_that_loses_to_a_control_is_told_so(report: schema.Report) -> None:
     teacher, student, *_ = report.results
-    better = student.model_copy(update={"name": "window only", "role": "control"})
-    told = render_markdown(report.model_copy(update={"results": [teacher, student, better]}))
-    assert "The student does not beat window only on loss" in told
+    same = student.model_copy(update={"name": "window only", "role": "control"})
+    assert teacher.language is not None
+    better = same.model_copy(update={"language": teacher.language, "name": "other"})
+    results = [teacher, student, same, better]
+    told = render_markdown(report.model_copy(update={"results": results, "comparisons": compare_all(results)}))
+    assert "not clearly better than window only (+0.170), 0.170 worse than other (+0.000)" in told
 
 
 def test_samples_lie_beside_the_json(folder: Path) -> None:
@@ -115,14 +120,12 @@ def test_missing_report_is_one_line(tmp_path: Path) -> None:
 
 
 def test_runs_side_by_side_share_their_teacher(report: schema.Report) -> None:
-    from t2r_evals.compare import compare_all
-
     report = report.model_copy(update={"comparisons": compare_all(report.results)})
     merged = merge_reports({"a": report, "b": report.model_copy(update={"created": "2027-01-01T00:00:00Z"})})
     names = [result.name for result in merged.results]
     assert names.count("teacher") == 1
     assert {"a: student", "b: student"} < set(names)
-    assert {c.baseline for c in merged.comparisons or []} == {"teacher"}
+    assert {c.baseline for c in merged.comparisons or [] if c.model.endswith("training")} == {"teacher"}
     assert "b: student" in render_html(merged)
 
 

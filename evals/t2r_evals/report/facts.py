@@ -15,9 +15,16 @@ def colors(report: Report) -> dict[str, int]:
     return ({teacher.name: 0} if teacher else {}) | {r.name: 1 + i % 7 for i, r in enumerate(rest)}
 
 
-def comparison_of(report: Report, model: ModelResult, measurement: str) -> Comparison | None:
-    found = (c for c in report.comparisons or [] if c.model == model.name and c.measurement == measurement)
-    return next(found, None)
+def comparison_of(
+    report: Report, model: ModelResult, measurement: str, baseline: ModelResult | None = None
+) -> Comparison | None:
+    """The paired comparison of `model` with `baseline`, or with the teacher of its run."""
+    teachers = {result.name for result in report.by_role("teacher")}
+    for c in report.comparisons or []:
+        against = c.baseline in teachers if baseline is None else c.baseline == baseline.name
+        if against and c.model == model.name and c.measurement == measurement:
+            return c
+    return None
 
 
 def excess(model: ModelResult, teacher: ModelResult | None) -> float | None:

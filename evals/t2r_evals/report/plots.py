@@ -108,7 +108,8 @@ def _position_chart(series: list[Series], title: str, y_label: str, *, from_zero
 
 
 def _task_differences(report: Report) -> Figure | None:
-    pairs = [c for c in report.comparisons or [] if c.mcnemar_p is not None]
+    teachers = {result.name for result in report.by_role("teacher")}
+    pairs = [c for c in report.comparisons or [] if c.mcnemar_p is not None and c.baseline in teachers]
     if not pairs:
         return None
     color = facts.colors(report)
@@ -123,7 +124,7 @@ def _task_differences(report: Report) -> Figure | None:
         )
         for c in pairs
     ]
-    caption = f"Accuracy minus that of {pairs[0].baseline}, with 95% interval of the paired difference"
+    caption = "Accuracy minus the teacher's, with the 95% interval of the paired difference"
     svg = bar_chart(bars, title=caption, x_label="points of accuracy", value_format=lambda v: f"{v:.1f}")
     return Figure("task-differences", "tasks", caption, svg)
 
@@ -210,8 +211,8 @@ def _validation(report: Report) -> Figure | None:
         if points:
             series.append(Series(stage.name, [x for x, _ in points], [y for _, y in points], 1 + index % 7))
         before += stage.tokens
-    if not series:
-        return None
+    if all(len(s.x) < 2 for s in series):
+        return None  # The table of stages has the one number.
     caption = "Validation loss during training"
     svg = line_chart(
         series,

@@ -66,25 +66,22 @@ def line_chart(
     ys = [y for s in series for y in s.y] + ([0.0] if from_zero else [])
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     _, y_ticks = _axis(min(ys), max(ys), bottom, 0, log=y_log, base=y_base, wanted=5, pad=True)
-    left = 26 + CHARACTER * max(len(y_format(tick)) for tick in y_ticks)
+    y_labels = _tick_labels(y_ticks, y_format)
+    left = 26 + CHARACTER * max(map(len, y_labels))
     legend, top = _legend(series, left)
     x_at, x_ticks = _axis(min(xs), max(xs), left, right, log=x_log, base=2, wanted=6)
     y_at, y_ticks = _axis(min(ys), max(ys), bottom, top, log=y_log, base=y_base, wanted=5, pad=True)
     parts = [legend]
-    for tick in y_ticks:
+    for tick, label in zip(y_ticks, y_labels, strict=True):
         y = y_at(tick)
         parts.append(
             f'<line class="{"zero" if tick == 0 else "grid"}" x1="{left:.1f}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        parts.append(
-            f'<text class="tick" x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(y_format(tick))}</text>'
-        )
-    for tick in x_ticks:
+        parts.append(f'<text class="tick" x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+    for tick, label in zip(x_ticks, _tick_labels(x_ticks, x_format), strict=True):
         x = x_at(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(x_format(tick))}</text>'
-        )
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(label)}</text>')
     for s in series:
         path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(s.x, s.y, strict=True))
         parts.append(f'<polyline class="line s{s.color}{" dash" if s.dashed else ""}" points="{path}"/>')
@@ -253,6 +250,16 @@ def _axis(
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     count = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return (lambda v: start + (v - low) / (high - low) * (end - start)), [round(i * step, 12) for i in count]
+
+
+def _tick_labels(ticks: Sequence[float], wanted: Callable[[float], str]) -> list[str]:
+    """The wanted labels, or plain numbers with as many digits as it takes to tell the ticks apart."""
+    labels = [wanted(tick) for tick in ticks]
+    digits = 2
+    while len(set(labels)) < len(labels):
+        digits += 1
+        labels = [f"{tick:.{digits}f}" for tick in ticks]
+    return labels
 
 
 def _nice(rough: float) -> float:

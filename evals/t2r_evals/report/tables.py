@@ -161,6 +161,7 @@ def comparison_table(report: Report) -> Table | None:
     """Every paired comparison."""
     if not report.comparisons:
         return None
+    teachers = {result.name for result in report.by_role("teacher")}
     rows = []
     for c in report.comparisons:
         scale, show = (1.0, "{:+.3f}") if c.mcnemar_p is None else (100.0, "{:+.1f}")
@@ -169,6 +170,7 @@ def comparison_table(report: Report) -> Table | None:
             [
                 Cell(c.measurement, c.measurement),
                 Cell(c.model, c.model),
+                Cell(c.baseline, c.baseline),
                 Cell(f"{c.items:,}", c.items),
                 Cell(show.format(scale * c.difference), c.difference),
                 Cell(interval, c.low),
@@ -176,17 +178,16 @@ def comparison_table(report: Report) -> Table | None:
                 Cell(f"{c.losses:,}", c.losses),
                 Cell(f"{c.ties:,}", c.ties),
                 Cell(f.p_value(c.mcnemar_p), c.mcnemar_p),
-                Cell(f.percent(c.recovered), c.recovered),
+                Cell(f.percent(c.recovered if c.baseline in teachers else None), c.recovered),
             ]
         )
-    baseline = report.comparisons[0].baseline
-    columns = ["measurement", "model", "items", "difference", "95% interval", "better", "worse", "same", "McNemar p"]
-    columns.append("recovered, %")
+    columns = ["measurement", "model", "against", "items", "difference", "95% interval", "better", "worse", "same"]
+    columns += ["McNemar p", "recovered, %"]
     note = (
-        f"Model minus {baseline} on the same items: windows of text (nats) or documents (points of accuracy); "
-        "Student t interval of the paired difference, exact two-sided McNemar p for right/wrong answers."
+        "Model minus the one it is compared with, on the same items: windows of text (nats) or documents (points of "
+        "accuracy); Student t interval of the paired difference, exact two-sided McNemar p for right/wrong answers."
     )
-    return Table(columns, rows, note, [False, False] + [True] * 8)
+    return Table(columns, rows, note, [False] * 3 + [True] * 8)
 
 
 def speed_table(report: Report) -> Table | None:

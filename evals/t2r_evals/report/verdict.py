@@ -85,16 +85,21 @@ def _control_sentences(report: Report, student: ModelResult, teacher: ModelResul
     controls = [(control, value) for control, value in known if value is not None]
     if not controls:
         return []
-    listed = ", ".join(f"{control.name} {value:+.3f}" for control, value in controls)
-    ahead = [control.name for control, value in controls if value <= distance]
-    if ahead:
-        return [
-            f"Controls, above the teacher: {listed}. {_subject(student)} does not beat {' and '.join(ahead)} on loss."
-        ]
-    return [
-        f"Controls, above the teacher: {listed}. {_subject(student)} beats {'each' if len(controls) > 1 else 'it'}.",
-        *(_closed_gap(report, value, distance) for control, value in controls if control.name == UNTRAINED),
+    said = []
+    for control, value in controls:
+        pair = facts.comparison_of(report, student, "language", control)
+        sure = pair is not None and (pair.high < 0 or pair.low > 0)
+        how = (
+            f"{abs(distance - value):.3f} {'better' if distance < value else 'worse'}" if sure else "not clearly better"
+        )
+        said.append(f"{how} than {control.name} ({value:+.3f})")
+    found = [f"Against the controls (loss above the teacher): {', '.join(said)}."]
+    found += [
+        _closed_gap(report, value, distance)
+        for control, value in controls
+        if control.name == UNTRAINED and distance < value
     ]
+    return found
 
 
 def _closed_gap(report: Report, start: float, end: float) -> str:
