@@ -215,12 +215,13 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         ("{kind: finetune, tokens: '1.5'}", "not a whole number"),
         ("{kind: finetune, tokens: 1M, schedule: cosin}", "schedule"),
         ("{kind: finetune, tokens: 1M, precision: fp16}", "precision"),
+        ("{kind: finetune, tokens: 1M, evaluate_every: 5}", "stages.0.evaluate_every: needs data.validation"),
     ],
 )
 def test_stage_rules(stage: str, message: str) -> None:
     text = GOOD.replace("  - {kind: align, tokens: 100M, lr: 1e-3}\n", f"  - {stage}\n")
     (told,) = complaints(text)
-    assert told.startswith("r.yaml:5: stages.0")
+    assert told.startswith(("r.yaml:5: stages.0", "r.yaml:1: recipe: stages.0"))
     assert message in told
 
 

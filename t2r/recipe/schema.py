@@ -114,6 +114,13 @@ class Recipe(Section):
         stages = [{"sequence_length": length, **s} if isinstance(s, dict) else s for s in value["stages"]]
         return {**value, "stages": stages}
 
+    @model_validator(mode="after")
+    def _validation_is_there(self) -> "Recipe":
+        for index, stage in enumerate(self.stages):
+            if stage.evaluate_every is not None and self.data.validation is None:
+                raise ValueError(f"stages.{index}.evaluate_every: needs data.validation")
+        return self
+
     @field_serializer("mixer")
     def _mixer_with_layers(self, mixers: list[AnyMixerOptions]) -> list[dict[str, Any]]:
         # Not the plain dump: that has the options of every style, which the loader refuses.

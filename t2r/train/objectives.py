@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from t2r.errors import InputError
 from t2r.model.mixers import Mixer
 from t2r.model.sequence import SequenceInfo
 from t2r.recipe import AlignStage, DistillStage, FinetuneStage
@@ -160,7 +161,16 @@ class Align(Objective):
 
 
 def make_objective(stage: AlignStage | DistillStage | FinetuneStage, teacher: Any) -> Objective:
-    """The objective of a stage; `teacher` may be None for a finetune stage."""
+    """The objective of a stage; `teacher` may be None for a finetune stage.
+
+    Raises:
+        InputError: `teacher_top_k` is not below the vocabulary's size.
+    """
     if isinstance(stage, FinetuneStage):
         return Finetune()
+    if isinstance(stage, DistillStage) and (stage.teacher_top_k or 0) >= teacher.config.vocab_size:
+        raise InputError(
+            f"teacher_top_k: {stage.teacher_top_k} must be below the vocabulary of {teacher.config.vocab_size}; "
+            "leave it out to compare all"
+        )
     return Align(stage, teacher) if isinstance(stage, AlignStage) else Distill(stage, teacher)

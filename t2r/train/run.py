@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
 
 from t2r.errors import InputError
@@ -124,13 +125,10 @@ class _StageRun:
         stage = self.stage
         set_seed(self.recipe.seed)  # the Trainer does so too, but after an adapter has drawn its start
         student, tokenizer = load(before, dtype=torch.float32, device="cpu")
-        checkpoint = checkpoints.newest_verified(self.place.checkpoints)
-        step = checkpoints.step_of(checkpoint) if checkpoint else 0
+        checkpoint, step = self._checkpoint()
         if checkpoint:
             logger.warning("%s: going on from %s.", self.place.path.name, checkpoint.name)
             data_state = json.loads((checkpoint / checkpoints.DATA).read_text())
-        if self.args.process_index == 0:
-            checkpoints.remove_after(self.place.checkpoints, step)
         loader = self._loader(source, tokenizer, data_state)
         windows = (
             validation_windows(validation, tokenizer, length=stage.sequence_length, count=stage.evaluate_windows)
@@ -158,6 +156,16 @@ class _StageRun:
             assert self.stop.received is not None
             self.stop.end()
         self._publish(trainer, before, progress, loader.state)
+
+    def _checkpoint(self) -> tuple[Path | None, int]:
+        """The checkpoint to go on from and its step; found by one process, which also clears away later ones."""
+        found: list[Path | None] = [None]
+        if self.args.process_index == 0:
+            found = [checkpoints.newest_verified(self.place.checkpoints)]
+            checkpoints.remove_after(self.place.checkpoints, checkpoints.step_of(found[0]) if found[0] else 0)
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        return found[0], checkpoints.step_of(found[0]) if found[0] else 0
 
     def _trainable(self, student: Any, before: Path) -> Any:
         stage = self.stage

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM end a run at the next step boundary, with a checkpoint."""
 
 import logging
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
@@ -13,6 +14,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._process = os.getpid()
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -27,6 +29,8 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a data worker, forked from us: Ctrl-C reaches it too, and it must go on serving until we end
         if self.received is not None:
             self.end()
         self.received = number

@@ -62,7 +62,6 @@ def test_listing_recipes_imports_nothing_heavy() -> None:
     [
         (["recipes", "cat", "demoo"], "Error: demoo: no recipe of that name ships with t2r; did you mean 'demo'?"),
         (["recipes", "cp", "demo", "BROKEN"], "Error: BROKEN: already exists"),
-        (["recipes", "validate", "BROKEN"], "unknown key; did you mean 'output'?"),
         (["finetune", "BROKEN"], "unknown key; did you mean 'output'?"),
     ],
 )

@@ -121,6 +121,11 @@ def test_distill_is_the_dense_formula_on_the_counted_tokens(
     assert value.item() == pytest.approx(expected.item(), rel=2e-4)
 
 
+def test_top_k_must_be_below_the_vocabulary(make_recipe: MakeRecipe, models_pair: tuple[Any, Any]) -> None:
+    with pytest.raises(InputError, match="teacher_top_k: 260 must be below the vocabulary of 260"):
+        make_objective(make_recipe({"kind": "distill", "teacher_top_k": 260}).stages[0], models_pair[0])
+
+
 def test_padding_does_not_change_the_distill_loss(
     make_recipe: MakeRecipe, models_pair: tuple[Any, Any], batch: dict[str, torch.Tensor]
 ) -> None:
