@@ -66,6 +66,35 @@ def test_finished_tasks_are_not_run_again(
     assert "already evaluated" not in caplog.text
 
 
+def test_group_is_one_result_and_its_documents_keep_apart(
+    model: Any, tokenizer: Any, hub: Path, tmp_path: Path
+) -> None:
+    """As mmlu and bbh are: one score over subtasks, here a group of our own from a folder that was named."""
+    (tmp_path / "pair.yaml").write_text(
+        "group: pair\ntask: [arc_easy, winogrande]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\nmetadata: {version: 7}\n"
+    )
+    results, rows = harness.run_tasks(
+        model,
+        tokenizer,
+        [TaskSpec("pair", "acc", 1)],
+        limit=4,
+        batch_size=4,
+        max_length=512,
+        offline_root=hub,
+        tasks_root=tmp_path,
+        seed=0,
+        folder=None,
+    )
+    assert list(results) == ["pair"]
+    pair = results["pair"]
+    assert (pair.documents, pair.shots, pair.version, pair.primary) == (8, 1, "7", "acc")
+    assert pair.chance == pytest.approx(0.375, abs=0.05)
+    accuracy = {row["document"]: row["value"] for row in rows if row["metric"] == "acc"}
+    assert len(accuracy) == 8
+    assert sum(accuracy.values()) / 8 == pytest.approx(pair.metrics["acc"].value)
+
+
 def test_tree_without_the_data_is_one_line(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no data for 'piqa'"):
         run(model, tokenizer, tmp_path, TaskSpec("piqa"))

@@ -35,8 +35,10 @@ def test_scoring_and_generation_with_batch_one_and_four_agree(student: Any, shar
         TaskSpec("squad_completion", "contains", 0, (("until", ["\n"]), ("max_gen_toks", 12))),
     ]
     settings: dict[str, Any] = {"limit": 6, "max_length": 512, "tasks_root": None, "seed": 0, "folder": None}
+    model, tokenizer = student
     one, four = (
-        harness.run_tasks(*student, specs, batch_size=size, offline_root=shared / "hub", **settings) for size in (1, 4)
+        harness.run_tasks(model, tokenizer, specs, batch_size=size, offline_root=shared / "hub", **settings)
+        for size in (1, 4)
     )
     assert [(r["task"], r["document"], r["metric"], r["value"], r["response"]) for r in one[1]] == [
         (r["task"], r["document"], r["metric"], r["value"], r["response"]) for r in four[1]

@@ -67,8 +67,8 @@ def test_too_short_a_length_is_one_line(model: Any, tokenizer: Any) -> None:
 def test_suite_reaches_the_report_as_tasks_and_maps(model: Any, tokenizer: Any) -> None:
     options = EvaluationOptions(suites=("synthetic",), recall_lengths=(180, 256), recall_items=1, batch_size=8)
     results = [
-        evaluate(model, tokenizer, name=name, role=role, documents=None, options=options)
-        for name, role in (("one", "teacher"), ("two", "student"))
+        evaluate(model, tokenizer, name="one", role="teacher", documents=None, options=options),
+        evaluate(model, tokenizer, name="two", role="student", documents=None, options=options),
     ]
     assert set(results[0].tasks) == set(TASKS)
     page = render_html(Report(title="t", created="now", results=results, comparisons=[], worst=[]))
