@@ -77,6 +77,9 @@ def check_mixers(config: Any) -> None:
     entries = [None] * config.num_hidden_layers if config.mixers is None else config.mixers
     if len(entries) != config.num_hidden_layers:
         raise InputError(f"config mixers: {len(entries)} entries, must be one per layer ({config.num_hidden_layers})")
+    for entry in entries:
+        if entry is not None and not isinstance(entry, dict):
+            raise InputError(f"config mixers: entry {entry!r} must be null or a mapping with a name")
     config.mixers = [None if entry is None else stored_entry(parse_options(entry)) for entry in entries]
 
 

@@ -54,13 +54,13 @@ def test_the_same_seed_gives_the_same_text(model, tokenizer):
 def test_the_state_is_as_large_after_4096_tokens_as_after_64(model, tokenizer, monkeypatch):
     sizes = []
     monkeypatch.setattr("t2r.generate.PREFILL_TOKENS", 500)
-    for new, prompt in ((64, "One"), (600, "One"), (64, "One two three " * 1200)):
+    for new, prompt in ((64, "One"), (600, "One"), (64, "One two three " * 1400)):
         told = Statistics()
         for _ in generate(model, tokenizer, prompt, max_new_tokens=new, temperature=0, statistics=told):
             pass
         assert told.new_tokens == new
-        assert told.prompt_tokens + new >= (4096 if len(prompt) > 3 else 64)
         sizes.append(told.state_bytes)
+    assert told.prompt_tokens > 4096
     assert len(set(sizes)) == 1
 
 

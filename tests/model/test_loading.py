@@ -71,6 +71,20 @@ def test_configurations_go_there_and_back(host_configs, host, students):
     assert back == plain.to_dict()
 
 
+def test_device_map_moves_what_the_layers_need(students, mixer, tmp_path, tokens):
+    """A layer on disk is run by accelerate's hooks, which move every argument of the layer's call."""
+    student = students("mistral", mixer)
+    student.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    layers = {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={**places, **layers}, offload_folder=tmp_path / "disk"
+    )
+    text = tokens(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(text).logits, student(text).logits)
+
+
 def test_describe_counts_what_the_model_has(student):
     told = describe(student.config)
     assert told["parameters"]["total"] == sum(p.numel() for p in student.parameters())
@@ -98,7 +112,11 @@ def test_load_takes_students_and_refuses_what_is_none(students, tmp_path, embedd
 def test_a_broken_mixers_field_is_told_in_one_line(students, tmp_path):
     students().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for mixers, told in (([None], "one per layer"), ([{"name": "gza"}] * 3, "did you mean 'gsa'")):
+    for mixers, told in (
+        ([None], "one per layer"),
+        (["gsa"] * 3, "must be null or a mapping"),
+        ([{"name": "gza"}] * 3, "did you mean 'gsa'"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**config, "mixers": mixers}))
         with pytest.raises(ValueError, match=told):
             AutoModelForCausalLM.from_pretrained(tmp_path)

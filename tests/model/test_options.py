@@ -10,6 +10,7 @@ from t2r.model import assign_mixers, parse_layers, parse_options, student_config
     ("options", "told"),
     [
         ({}, "None is none of"),
+        ({"name": ["gsa"]}, "is none of"),
         ({"name": "gza"}, "did you mean 'gsa'"),
         ({"name": "gsa", "slotz": 3}, "did you mean 'slots'"),
         ({"name": "gsa", "slots": 0}, "slots"),

@@ -55,7 +55,7 @@ def parse_options(options: Mapping[str, Any]) -> MixerOptions:
         InputError: an unknown name or key (with the nearest known one), or a value that breaks its rule.
     """
     name = options.get("name")
-    if name not in MIXERS:
+    if not isinstance(name, str) or name not in MIXERS:
         raise InputError(f"mixer name: {name!r} is none of {', '.join(MIXERS)}{nearest(str(name), list(MIXERS))}")
     known = MIXERS[name].options_class
     for key in options:

@@ -148,7 +148,7 @@ class GSAMixer(RecurrentMixer):
             log_alpha,
             visible=visible[0] if visible else None,
             scale=self.scaling,
-            initial_state=state,
+            initial_state=None if state is None else (state[0], state[1]),
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
         )
@@ -156,7 +156,9 @@ class GSAMixer(RecurrentMixer):
     def step(self, inputs: States, state: States) -> Tensor:
         """As `RecurrentMixer.step`."""
         q, k, v, log_alpha, *visible = inputs
-        return gsa_step(q, k, v, log_alpha, state, visible=visible[0] if visible else None, scale=self.scaling)
+        keys, values = state
+        seen = visible[0] if visible else None
+        return gsa_step(q, k, v, log_alpha, (keys, values), visible=seen, scale=self.scaling)
 
     def finish(self, o: Tensor) -> Tensor:
         """As `RecurrentMixer.finish`."""

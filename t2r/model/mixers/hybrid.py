@@ -8,13 +8,40 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from t2r.model.mixers.base import Mixer, MixerOptions, RecurrentMixer, Rotary, head_shape, rotate
+from t2r.model.mixers.base import Mixer, MixerOptions, RecurrentMixer, Rotary, States, head_shape, rotate
 from t2r.model.mixers.gla import GLAMixer, GLAOptions
 from t2r.model.mixers.gsa import GSAMixer, GSAOptions
 from t2r.model.mixers.softmax import Window
 from t2r.model.sequence import SequenceInfo
 
-_RECURRENT: dict[str, type[RecurrentMixer]] = {"gsa": GSAMixer, "gla": GLAMixer}
+
+class _Half(RecurrentMixer):
+    """A recurrence without projections of its own. It is called as a module: tools that move or shard parameters hook
+    into that call."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        projections: tuple[Tensor, Tensor, Tensor],
+        rotary: Rotary,
+        info: SequenceInfo,
+        states: States | None,
+        keep: bool,
+    ) -> tuple[Tensor, States | None]:
+        """What o_proj takes [B, T, HQ * V] and, with `keep`, the states after the last token."""
+        o, states = self.run(self.inputs(hidden_states, *projections, rotary, info), states, keep, info)
+        return self.finish(o), states
+
+
+class _GSAHalf(_Half, GSAMixer):
+    pass
+
+
+class _GLAHalf(_Half, GLAMixer):
+    pass
+
+
+_HALVES: dict[str, type[_Half]] = {"gsa": _GSAHalf, "gla": _GLAHalf}
 
 
 class HybridOptions(MixerOptions):
@@ -43,7 +70,7 @@ class HybridMixer(Mixer):
         super().__init__(attention, config, options, layer_idx)
         # without the projections, which the two halves share
         bare: Any = SimpleNamespace(scaling=attention.scaling)
-        self.recurrent = _RECURRENT[options.recurrent.name](bare, config, options.recurrent, layer_idx)
+        self.recurrent = _HALVES[options.recurrent.name](bare, config, options.recurrent, layer_idx)
         self.mix = nn.Parameter(torch.empty(self.query_heads))
         self.window = Window(options.sinks, options.window)
 
@@ -65,18 +92,19 @@ class HybridMixer(Mixer):
         info, layer = attention_mask, self.cache_layer(past_key_values)
         keep, states = layer is not None, layer and layer.states
         q, k, v = self.project(hidden_states)
-        inputs = self.recurrent.inputs(hidden_states, q, k, v, position_embeddings, info)
-        o, recurrent_states = self.recurrent.run(inputs, states and states[:-2], keep, info)
+        far, recurrent_states = self.recurrent(
+            hidden_states, (q, k, v), position_embeddings, info, states and states[:-2], keep
+        )
         q, k = rotate(q, k, position_embeddings)
         near, slots = self.window.attend(q, k, v, info, states and states[-2:], keep, self.scaling)
         if layer is not None:
             layer.store((*(recurrent_states or ()), *(slots or ())))
         share = self.mix.float().sigmoid().to(near.dtype).repeat_interleave(self.head_dim)
-        return self.o_proj(share * near.flatten(2) + (1 - share) * self.recurrent.finish(o)), None
+        return self.o_proj(share * near.flatten(2) + (1 - share) * far), None
 
     @classmethod
     def state_shapes(cls, config: PreTrainedConfig, options: HybridOptions) -> list[tuple[int, ...]]:
         """As `Mixer.state_shapes`: the recurrence's, then the window's keys and values."""
         _, heads, dim = head_shape(config)
-        inner = _RECURRENT[options.recurrent.name].state_shapes(config, options.recurrent)
+        inner = _HALVES[options.recurrent.name].state_shapes(config, options.recurrent)
         return inner + [(heads, options.sinks + options.window, dim)] * 2

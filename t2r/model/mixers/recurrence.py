@@ -37,8 +37,9 @@ class LinearRecurrence(RecurrentMixer):
 
     def step(self, inputs: States, state: States) -> Tensor:
         """As `RecurrentMixer.step`."""
+        q, k, v, *_ = inputs
         gates = self._gates(inputs)
-        return gla_step(*inputs[:3], gates.pop("log_decay"), state[0], **gates, scale=self.scale)
+        return gla_step(q, k, v, gates.pop("log_decay"), state[0], **gates, scale=self.scale)
 
     def _gates(self, inputs: States) -> dict[str, Any]:
         rest = list(inputs[3:])
