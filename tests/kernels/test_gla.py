@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from t2r_kernels import gla, gla_step, gsa
+from t2r_kernels.gla import chunk
 
 from .cases import DOCUMENTS, GATES, LENGTHS, LONG, bounds, compare, draw, gsa_inputs, reference, run
 
@@ -74,6 +75,13 @@ def test_matches_the_definition_on_long_sequences(side, tokens, gate, seed):
 @pytest.mark.parametrize("side", SIDES)
 def test_packed_documents_match_the_definition(side, documents, gate, seed):
     check(side, gla_inputs(side, gate, seed, documents=documents), seed, documents)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_many_pieces_are_one(side, seed, monkeypatch):
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 1)  # one block at a time
+    check(side, gla_inputs(side, "mild", seed, tokens=150), seed)
+    check(side, gla_inputs(side, "mild", seed, tokens=150, write=False), seed)
 
 
 @pytest.mark.parametrize("group", [1, 4])

@@ -2,6 +2,9 @@
 
 The gate scales the rows of a state S [R, X]: R = D for a gate on the key side, R = V (the state transposed) for one on
 the value side. A scalar gate, and none, need one decay per pair of tokens instead of one per pair and row.
+
+Long sequences are taken piece by piece, each from the last one's state, so that the decays of all pairs never exist at
+once. Packed documents are taken whole.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from ..blocks import Blocks, carry, carry_backward, decays, decays_backward
 
 BLOCK = 16
 BLOCK_SCALAR = 64  # C * C decays per head are nothing beside C * C * D
+PIECE_BYTES = 16 << 20  # of the decays of one piece
+PIECE_BYTES_GPU = 256 << 20
 
 
 def gla_chunk(
@@ -28,12 +33,43 @@ def gla_chunk(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `t2r_kernels.gla`. Computes in float32, or in float64 when q is float64."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    (batch, _, heads, dim), dim_v = k.shape, v.shape[-1]
-    by_row = gate in ("key", "value")
-    size = BLOCK if by_row else BLOCK_SCALAR
-    blocks = Blocks.cut(k, cu_seqlens, size)
+    (batch, tokens, heads, dim), dim_v = k.shape, v.shape[-1]
+    size = BLOCK if gate in ("key", "value") else BLOCK_SCALAR
+    width = {"key": dim, "value": dim_v}.get(str(gate), 1)
+    if initial_state is None:
+        sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        initial_state = k.new_zeros(sequences, heads, dim, dim_v)
+    limit = PIECE_BYTES if k.device.type == "cpu" else PIECE_BYTES_GPU
+    piece = max(limit // (4 * batch * heads * size * width) // size, 1) * size
+    if cu_seqlens is not None or tokens <= piece:
+        o, state = _piece(q, k, v, log_decay, gate, write, scale, initial_state, cu_seqlens, size, width)
+    else:
+        pieces = [
+            (None,) * -(-tokens // piece) if x is None else x.split(piece, 1) for x in (q, k, v, log_decay, write)
+        ]
+        outputs, state = [], initial_state
+        for q, k, v, log_decay, write in zip(*pieces, strict=True):
+            o, state = _piece(q, k, v, log_decay, gate, write, scale, state, None, size, width)
+            outputs.append(o)
+        o = torch.cat(outputs, 1)
+    return o, state if output_final_state else None
 
+
+def _piece(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    gate: str | None,
+    write: Tensor | None,
+    scale: float,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    size: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    dtype, heads, dim, dim_v = torch.promote_types(q.dtype, torch.float32), *k.shape[2:], v.shape[-1]
+    blocks = Blocks.cut(k, cu_seqlens, size)
     (span,) = blocks.spans(sum(blocks.active))
 
     def cut(x: Tensor, *shape: int) -> Tensor:
@@ -43,14 +79,10 @@ def gla_chunk(
     qb = cut(q.unflatten(2, (heads, -1)), size * group, dim) * scale
     kb, vb = cut(k, size, dim), cut(v, size, dim_v)
     x = kb.shape[0]
-    width = {"key": dim, "value": dim_v}.get(str(gate), 1)
     alpha = kb.new_ones(x, size, 1) if log_decay is None else cut(log_decay, size, width).exp()
     if write is not None:
         weight = cut(write, size, width)
         kb, vb = (kb, vb * weight) if gate == "value" else (kb * weight, vb)
-    if initial_state is None:
-        sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        initial_state = k.new_zeros(sequences, heads, dim, dim_v)
     initial = blocks.sort(initial_state.to(dtype))
 
     # what the gated side weighs at later tokens, itself included where the gate has its rows
@@ -81,7 +113,7 @@ def gla_chunk(
 
     out = o.new_empty(*q.shape[:2], heads, group, dim_v)
     span.scatter(o.view(x, size, group, dim_v), out)
-    return out.flatten(2, 3).to(q.dtype), blocks.unsort(final) if output_final_state else None
+    return out.flatten(2, 3).to(q.dtype), blocks.unsort(final)
 
 
 class _Decays(torch.autograd.Function):
