@@ -57,6 +57,8 @@ def _why_not_triton(op: str, tensors: tuple[Tensor, ...], on_gpu: bool) -> str |
         return f"tensors are on {tensors[0].device.type} and TRITON_INTERPRET=1 is not set"
     if any(x.dtype == torch.float64 for x in tensors):
         return "it does not compute in float64"
+    if torch.compiler.is_compiling():
+        return None  # dynamo cannot trace an import by name; where triton is missing, the import that follows says so
     module = triton_module(op)
     return module if isinstance(module, str) else None
 

@@ -114,7 +114,7 @@ def find_chunks(B: int, T: int, chunk: int, cu_seqlens: torch.Tensor | None) -> 
 
 
 @triton.jit
-def chunk_range(bounds, c, T, NC, C: tl.constexpr, PACKED: tl.constexpr):
+def chunk_range(bounds, c, T, NC, C, PACKED: tl.constexpr):
     """First token of chunk c, one past its last (int64, of the flattened [B * T] tokens), and its sequence."""
     if PACKED:
         start = tl.load(bounds + 3 * c)

@@ -1,8 +1,9 @@
 """Launch configurations of the fast path, measured on one H200 at D = V = 128, M = 64 and groups of four heads."""
 
 FORWARD = {"num_warps": 4, "num_stages": 2}
-QUERY = {"num_warps": 4, "num_stages": 1}
-KEY = {"num_warps": 8, "num_stages": 1}
-STATES = {"num_warps": 4, "num_stages": 3}
-STATE_COLUMNS = 64
-FORWARD_PROGRAMS = 4  # per multiprocessor
+QUERY = {"num_warps": 4, "num_stages": 2}
+KEY = {"num_warps": 4, "num_stages": 2}
+STATES = {"num_warps": 8, "num_stages": 3}
+STATE_COLUMNS = 128
+FORWARD_PROGRAMS = 2  # per multiprocessor: as many as fit at a time
+STATE_PROGRAMS = 4

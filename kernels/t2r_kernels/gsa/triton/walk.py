@@ -10,6 +10,8 @@ decayed by the gate as it is.
 A tile is known by the number (first token) // 16 + (its sequence), which is unique whatever the documents' lengths.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -34,11 +36,18 @@ def fits(HQ: int, H: int, D: int, V: int, M: int, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and pad(M) * (pad(D) + pad(V)) <= 64 * 256 and HQ // H <= 8
 
 
-def segment_length(tokens: int, programs: int, device: torch.device, least: int = 128) -> int:
-    """Tokens that one program walks, where one segment takes `programs` of them: enough to fill the device."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    segments = max(1, launch.FORWARD_PROGRAMS * processors // programs)
-    return max(least, triton.cdiv(triton.cdiv(tokens, segments), 16) * 16)
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def segment_length(tokens: int, programs: int, device: torch.device, each: int) -> int:
+    """Tokens of a segment, where every segment takes `programs` programs and `each` of them fit a multiprocessor.
+
+    As long as one launch still fills the device, but at least 128: a segment costs two states of traffic.
+    """
+    segments = max(1, each * processors(device) // programs)
+    return max(128, triton.cdiv(triton.cdiv(tokens, segments), 16) * 16)
 
 
 @triton.jit
@@ -123,8 +132,8 @@ def walk_columns(
 
 @triton.jit
 def walk_states_kernel(
-    xk, yk, xv, yv, gamma, states, total, tiles, bounds, T, NS, H, HX, G,
-    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    xk, yk, xv, yv, gamma, states, total, tiles, bounds, T, NS, S, H, HX, G,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
     BLOCK: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr,
     CT: tl.constexpr,
 ):  # fmt: skip
@@ -179,15 +188,24 @@ class Walk:
     def segments(self, length: int) -> Chunks:
         return find_chunks(self.B, self.T, length, self.cu_seqlens)
 
+    def slices(self) -> tuple[int, int]:
+        """Width of a slice of the states' columns, and how many there are."""
+        block = min(launch.STATE_COLUMNS, max(pad(self.D), pad(self.V)))
+        return block, triton.cdiv(self.D, block) + triton.cdiv(self.V, block)
+
     def _launch(self, pairs, states, total, tiles, segments, length, group, reverse, empty):
         (xk, yk), (xv, yv) = pairs
-        block = min(launch.STATE_COLUMNS, max(pad(self.D), pad(self.V)))
-        slices = triton.cdiv(self.D, block) + triton.cdiv(self.V, block)
+        block, slices = self.slices()
+        rows = 16 * triton.next_power_of_2(group)
+        options = dict(launch.STATES)
+        # Both branches of the kernel (K, V) hold their own stages in shared memory, of which a program gets 227 KiB.
+        while options["num_stages"] > 1 and 4 * options["num_stages"] * rows * (pad(self.M) + block) > 2**17 * 1.7:
+            options["num_stages"] -= 1
         walk_states_kernel[(segments.count * self.H, slices)](
-            xk, yk, xv, yv, self.gamma, states, total, tiles, segments.bounds, self.T, segments.per_sequence, self.H,
-            self.H * group, group, self.D, self.V, self.M, length, triton.next_power_of_2(group), pad(self.M), block,
+            xk, yk, xv, yv, self.gamma, states, total, tiles, segments.bounds, self.T, segments.per_sequence, length,
+            self.H, self.H * group, group, self.D, self.V, self.M, rows // 16, pad(self.M), block,
             PACKED=segments.bounds is not None, REVERSE=reverse, EMPTY=empty, TILES=tiles is not None,
-            CT=self.operand, **launch.STATES,
+            CT=self.operand, **options,
         )  # fmt: skip
 
     def segment_states(self, pairs, incoming, outgoing, segments, length, *, group: int = 1, reverse: bool = False):
@@ -204,8 +222,10 @@ class Walk:
 
     def tile_states(self, pairs, incoming, outgoing, *, group: int = 1, reverse: bool = False):
         """[tiles, H, M, D + V] in the operand's type: the state at each tile's start, or the gradient at its end."""
-        programs = self.tiles.sequences * self.H * 4
-        length = segment_length(self.T, 1 if self.cu_seqlens is not None else programs, self.device, 512)
+        programs = self.H * self.slices()[1] * (1 if self.cu_seqlens is not None else self.B)
+        # Without segments one pass does; they pay where the device would stand half empty.
+        filled = 2 * programs >= processors(self.device) and self.cu_seqlens is None
+        length = self.T if filled else segment_length(self.T, programs, self.device, launch.STATE_PROGRAMS)
         segments = self.segments(length)
         states = self.segment_states(pairs, incoming, outgoing, segments, length, group=group, reverse=reverse)
         tiles = torch.empty(self.tile_count, self.H, self.M, self.D + self.V, dtype=self.store, device=self.device)

@@ -18,8 +18,8 @@ def load_state(ptr, m, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.cons
 
 @triton.jit
 def walk_forward_kernel(
-    q, k, v, visible, high, low, read, write, gamma, states, o, bounds, T, NS, H, HQ, G, scale_log2,
-    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    q, k, v, visible, high, low, read, write, gamma, states, o, bounds, T, NS, S, H, HQ, G, scale_log2,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, EMPTY: tl.constexpr, LIMITED: tl.constexpr,
     CT: tl.constexpr,
 ):  # fmt: skip
@@ -76,14 +76,14 @@ def walk_forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_s
     B, T, HQ, D = q.shape
     H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
     walk = Walk(log_alpha, D, V, cu_seqlens, operand, True)
-    length = segment_length(T, H * (B if cu_seqlens is None else 1), q.device)
+    length = segment_length(T, H * (B if cu_seqlens is None else 1), q.device, launch.FORWARD_PROGRAMS)
     segments = walk.segments(length)
     states = walk.segment_states(((walk.write, k), (walk.write, v)), initial, final, segments, length)
     o = torch.empty(B, T, HQ, V, dtype=q.dtype, device=q.device)
     walk_forward_kernel[(segments.count * H,)](
         q, k, v, visible, walk.high, walk.low, walk.read, walk.write, walk.gamma, states, o, segments.bounds, T,
-        segments.per_sequence, H, HQ, HQ // H, scale * LOG2E,
-        D, V, M, length, triton.next_power_of_2(HQ // H), pad(M), pad(D), pad(V),
+        segments.per_sequence, length, H, HQ, HQ // H, scale * LOG2E,
+        D, V, M, triton.next_power_of_2(HQ // H), pad(M), pad(D), pad(V),
         PACKED=segments.bounds is not None, EMPTY=states is None, LIMITED=visible is not None, CT=operand,
         **launch.FORWARD,
     )  # fmt: skip
