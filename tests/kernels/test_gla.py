@@ -63,7 +63,7 @@ def test_matches_the_definition_without_a_gate(tokens, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["mild", "clock", "zero every third"])
 @pytest.mark.parametrize("tokens", LONG)
 @pytest.mark.parametrize("side", SIDES[:3])
 def test_matches_the_definition_on_long_sequences(side, tokens, gate, seed):
