@@ -162,15 +162,15 @@ def _score(
     progress = tqdm(total=len(inputs), desc="windows", unit="window", leave=False, disable=None)
     for first in range(0, len(inputs), batch_size):
         x = inputs[first : first + batch_size].to(model.device)
-        y = targets[first : first + batch_size].to(model.device)
         logits = model(input_ids=x, use_cache=False).logits
+        y = targets[first : first + batch_size].to(logits.device)
         reference = None if teacher is None else teacher(input_ids=x, use_cache=False).logits
         for row in range(len(x)):
             # Row by row: the fp32 copy of a whole batch of logits would be the largest tensor of the evaluation.
             log_p = torch.log_softmax(logits[row].float(), dim=-1)
             losses.append(-log_p.gather(-1, y[row, :, None])[:, 0].double().cpu())
             if reference is not None:
-                log_q = torch.log_softmax(reference[row].float(), dim=-1)
+                log_q = torch.log_softmax(reference[row].to(log_p.device).float(), dim=-1)
                 kl += float((log_q.exp() * (log_q - log_p)).sum(-1).double().sum())
                 same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
         progress.update(len(x))

@@ -57,6 +57,9 @@ class _Lengths(click.ParamType):
 @click.option("--recall-items", type=click.IntRange(min=1), default=10, show_default=True, help="Per length and depth.")
 @click.option("--speed", "contexts", type=_Lengths(), default="", help="Measure speed at these prompt lengths.")
 @click.option("--largest-batch", type=click.IntRange(min=1), default=1, show_default=True, help="For --speed on a GPU.")
+@click.option(
+    "--kl/--no-kl", default=True, help="KL to the baseline; keeps it in memory beside each model. [default: kl]"
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16, float16.")
@@ -71,6 +74,7 @@ def command(
     text: Path | None,
     dtype: str,
     device: str,
+    kl: bool,
     **settings: Any,
 ) -> None:
     """Measure MODEL (a folder or a Hub id) and write report.json, report.md and report.html to --output.
@@ -117,38 +121,54 @@ def command(
     start = time.perf_counter()
     options = EvaluationOptions(suites=suites, **settings)
     check_tasks(options.suites, options.tasks, options.tasks_root)
-    subjects = [(baseline, "teacher")] if baseline else []
+    subjects: list[tuple[str, Any]] = [(baseline, "teacher")] if baseline else []
     subjects += [(model, "student"), *((control, "control") for control in controls)]
     names = _labels([source for source, _ in subjects])
+    teacher = None
     results: list[Any] = []
-    for (source, role), name in zip(subjects, names, strict=True):
-        click.echo(f"{role} {source}", err=True)
-        results.append(
-            _measure(
-                evaluate,
-                source,
-                name=name,
-                role=role,
-                documents=documents,
-                options=options,
-                dtype=dtype,
-                device=device,
-                folder=output / "tasks" / name,
-            )
+    note = "Interrupted before every model was measured; the same command goes on from here."
+
+    def write(notes: list[str]) -> None:
+        report = Report(
+            title=f"Evaluation of {names[1] if baseline else names[0]}",
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            command=shlex.join(["t2r", *sys.argv[1:]]),
+            source=baseline,
+            target=model,
+            machine=machine(),
+            versions=versions(),
+            settings={k: str(v) for k, v in options.model_dump(exclude_none=True).items()} | {"device": device},
+            results=results,
+            notes=notes,
+            seconds=time.perf_counter() - start,
         )
-    report = Report(
-        title=f"Evaluation of {names[1] if baseline else names[0]}",
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["t2r", *sys.argv[1:]]),
-        source=baseline,
-        target=model,
-        machine=machine(),
-        versions=versions(),
-        settings={k: str(v) for k, v in options.model_dump(exclude_none=True).items()} | {"device": device},
-        results=results,
-        seconds=time.perf_counter() - start,
-    )
-    write_report(report, output)
+        write_report(report, output)
+
+    try:
+        for (source, role), name in zip(subjects, names, strict=True):
+            click.echo(f"{role} {source}", err=True)
+            loaded, tokenizer = _load(source, dtype, device)
+            results.append(
+                evaluate(
+                    loaded,
+                    tokenizer,
+                    name=name,
+                    role=role,
+                    documents=documents,
+                    options=options,
+                    teacher=teacher,
+                    components=_components(loaded) if role == "student" else None,
+                    folder=output / "tasks" / name,
+                    **_sizes(loaded),
+                )
+            )
+            if role == "teacher" and kl:
+                teacher = loaded
+    except KeyboardInterrupt:
+        if results:
+            write([note])
+        raise
+    write([])
     click.echo(output / "report.html")
 
 
@@ -166,12 +186,11 @@ def _make_tree(destination: Path, suites: tuple[str, ...], settings: dict[str, A
         click.echo(folder)
 
 
-def _measure(evaluate: Any, source: str, *, dtype: str, device: str, **arguments: Any) -> Any:
-    """Load, evaluate and let go of one model, so that only one is in memory at a time."""
+def _load(source: str, dtype: str, device: str) -> tuple[Any, Any]:
     import torch
 
     from t2r.errors import InputError
-    from t2r.model import describe, load
+    from t2r.model import load
     from t2r.resources import resolve
 
     kinds: dict[str, Any] = {
@@ -182,20 +201,31 @@ def _measure(evaluate: Any, source: str, *, dtype: str, device: str, **arguments
     }
     if dtype not in kinds:
         raise InputError(f"--dtype {dtype!r}: one of {', '.join(kinds)}")
-    model, tokenizer = load(resolve(source), dtype=kinds[dtype], device=device)
-    try:
-        memory = describe(model.config)
-        sizes = {key: memory[key] for key in ("state_bytes", "kv_bytes_per_token")}
-    except (AttributeError, KeyError, InputError):
-        sizes = {}  # Not one of our hosts: its cache is its own affair.
-    parts = _components(model) if sizes and arguments["role"] == "student" else None
-    return evaluate(model, tokenizer, components=parts, **arguments, **sizes)
+    return load(resolve(source), dtype=kinds[dtype], device=device)
+
+
+def _known(model: Any) -> bool:
+    """Whether t2r knows the architecture; of any other model the cache is its own affair."""
+    from t2r.model import HOSTS
+
+    return model.config.model_type.removeprefix("t2r_") in HOSTS
+
+
+def _sizes(model: Any) -> dict[str, int]:
+    from t2r.model import describe
+
+    if not _known(model):
+        return {}
+    memory = describe(model.config)
+    return {key: memory[key] for key in ("state_bytes", "kv_bytes_per_token")}
 
 
 def _components(model: Any) -> dict[str, list[Any]] | None:
     """The attention modules of a hybrid by kind of mixer; None for a model of one kind."""
     from t2r.model import describe
 
+    if not _known(model):
+        return None
     groups: dict[str, list[Any]] = {}
     for kind, layer in zip(describe(model.config)["layers"], model.model.layers, strict=True):
         groups.setdefault(f"the {kind} layers", []).append(layer.self_attn)

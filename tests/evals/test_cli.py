@@ -33,6 +33,7 @@ def test_evaluate_beside_a_baseline_then_render_and_compare(
         ("student", 3, 2),
     ]
     assert report["comparisons"][0]["difference"] == 0
+    assert report["results"][1]["language"]["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert report["results"][0]["kv_bytes_per_token"] > 0
 
     assert t2r(monkeypatch, "report", tmp_path / "one", "--output", tmp_path / "again", "--title", "Again") == 0
@@ -40,6 +41,28 @@ def test_evaluate_beside_a_baseline_then_render_and_compare(
     assert t2r(monkeypatch, "report", tmp_path / "one", tmp_path / "again", "--output", tmp_path / "both") == 0
     names = [r["name"] for r in json.loads((tmp_path / "both" / "report.json").read_text())["results"]]
     assert len(names) == len(set(names)) == 3
+
+
+def test_interrupt_keeps_what_is_done(
+    embedded_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import t2r_evals
+    from t2r_evals.schema import ModelResult
+
+    def stop_at_the_student(*_: object, role: str, name: str, **__: object) -> ModelResult:
+        if role == "student":
+            raise KeyboardInterrupt
+        return ModelResult(name=name, role="teacher")
+
+    monkeypatch.setattr(t2r_evals, "evaluate", stop_at_the_student)
+    text = tmp_path / "text.txt"
+    text.write_text(DOCUMENTS)
+    out = tmp_path / "out"
+    arguments = [embedded_teacher, "--baseline", embedded_teacher, "--text", text, "--output", out, "--device", "cpu"]
+    assert t2r(monkeypatch, "eval", *arguments) == 130
+    report = json.loads((out / "report.json").read_text())
+    assert [r["role"] for r in report["results"]] == ["teacher"]
+    assert "Interrupted" in report["notes"][0]
 
 
 @pytest.mark.parametrize(
