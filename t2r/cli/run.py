@@ -93,6 +93,7 @@ def train_student(recipe: "Recipe", folder: "RunFolder", resume: str) -> None:
 
 def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) -> "Report":
     """Teacher, student and controls measured the same way; samples; report.json, report.md and report.html."""
+    from t2r.cli.card import write_student_card
     from t2r_evals import Report, write_report
     from t2r_evals.provenance import machine, versions
     from t2r_evals.stages import read_stage
@@ -113,7 +114,9 @@ def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) ->
         settings=recipe.model_dump(mode="json"),
         seconds=round(time.monotonic() - started, 1),
     )
-    return write_report(report, folder.path)
+    report = write_report(report, folder.path)
+    write_student_card(report, folder.converted, folder.model)
+    return report
 
 
 def measure(recipe: "Recipe", folder: "RunFolder") -> "tuple[list[ModelResult], list[Sample]]":
