@@ -95,8 +95,8 @@ def _generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[float
 
     config = GenerationConfig(
         max_new_tokens=tokens,
+        min_new_tokens=tokens,  # generate fills an unset end-of-text token from the model's own settings
         do_sample=False,
-        eos_token_id=None,
         pad_token_id=0,
         use_cache=True,
         return_dict_in_generate=True,
