@@ -74,8 +74,9 @@ class StudentCache(DynamicCache):
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
         # DynamicCache would infer the layers from `layer_types`, which speak of the host alone
-        Cache.__init__(self, layers=[_cache_layer(config, index) for index in range(config.num_hidden_layers)])
+        Cache.__init__(self, layers=_cache_layers(config))
         self.columns = 0
         self.seen: Tensor | None = None
 
@@ -110,7 +111,7 @@ class StudentCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
+        self.layers = _cache_layers(self.config)  # transformers before 5.18 zeroes a growing layer and keeps its length
         self.columns, self.seen = 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -137,6 +138,10 @@ def softmax_kind(config: PreTrainedConfig, layer: int) -> str:
     if config.model_type.removeprefix("t2r_") in ("qwen2", "qwen3"):
         return config.layer_types[layer]
     return "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
+
+
+def _cache_layers(config: PreTrainedConfig) -> list[Any]:
+    return [_cache_layer(config, index) for index in range(config.num_hidden_layers)]
 
 
 def _cache_layer(config: PreTrainedConfig, index: int) -> Any:
