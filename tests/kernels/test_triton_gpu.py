@@ -89,12 +89,12 @@ def test_offsets_beyond_two_to_the_31(dtype, seed):
     o, _ = gsa(*leaves)
     alone = [x.detach()[-1:].clone().requires_grad_() for x in leaves]
     want, _ = gsa(*alone)
-    torch.testing.assert_close(o[-1:], want, rtol=1e-2, atol=1e-2)
+    assert (o[-1:].double() - want.double()).norm() <= 1e-2 * want.double().norm()
     if dtype == torch.bfloat16:
         upstream = torch.randn_like(o)
         got = torch.autograd.grad(o, leaves, upstream)
         for mine, other in zip(got, torch.autograd.grad(want, alone, upstream[-1:]), strict=True):
-            torch.testing.assert_close(mine[-1:], other, rtol=2e-2, atol=2e-2)
+            assert (mine[-1:].double() - other.double()).norm() <= 1e-2 * other.double().norm()
 
 
 def test_two_runs_are_bitwise_equal_in_bf16(seed):
@@ -125,7 +125,7 @@ def test_compiles_into_one_graph(seed):
         return gsa(*args)[0].float().square().sum()
 
     want = torch.autograd.grad(loss(*leaves), leaves)
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
@@ -136,7 +136,7 @@ def test_operators_keep_their_contract(seed):
 
     x = cuda(gsa_inputs("mild", seed, tokens=20, dim_k=32, dim_v=32, slots=16))
     args = [x[name].requires_grad_() for name in ("q", "k", "v", "log_alpha", "K", "V")]
-    torch.library.opcheck(gsa_forward, (*args, None, 0.2, True))
+    torch.library.opcheck(gsa_forward, (*args, None, None, 0.2, True))
 
 
 @pytest.mark.parametrize(("group", "width", "slots"), [(4, 128, 64), (1, 80, 33), (8, 256, 256), (7, 96, 16)])

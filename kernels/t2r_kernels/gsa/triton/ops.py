@@ -46,8 +46,7 @@ def _pair(first: Tensor | None, second: Tensor | None) -> State | None:
     return None if first is None or second is None else (first.contiguous(), second.contiguous())
 
 
-@torch.library.custom_op("t2r_kernels::gsa_forward", mutates_args=())
-def gsa_forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,6 +66,9 @@ def gsa_forward(
     if final is None:
         return o, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
     return o, *final
+
+
+gsa_forward = torch.library.custom_op("t2r_kernels::gsa_forward", mutates_args=())(_forward)
 
 
 @gsa_forward.register_fake
@@ -149,7 +151,10 @@ def gsa_triton(
 ) -> tuple[Tensor, State | None]:
     """Shapes as in `t2r_kernels.gsa`; q, k and v are brought to q's dtype. Deterministic: no atomics."""
     initial_k, initial_v = initial_state or (None, None)
-    o, final_k, final_v = gsa_forward(
+    # Without gradients, and where nothing watches operators, the operator's own cost (as much as the kernels' at short
+    # lengths) is left out.
+    plain = type(q) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    o, final_k, final_v = (_forward if plain else gsa_forward)(
         q, k.to(q.dtype), v.to(q.dtype), log_alpha, initial_k, initial_v, cu_seqlens, visible, scale, output_final_state
     )
     return o, (final_k, final_v) if output_final_state else None

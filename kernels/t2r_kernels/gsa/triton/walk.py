@@ -33,7 +33,7 @@ def pad(size: int) -> int:
 
 def fits(HQ: int, H: int, D: int, V: int, M: int, dtype: torch.dtype) -> bool:
     """Whether the fast path takes these sizes: both states of a head fit into the registers of one program."""
-    return dtype == torch.bfloat16 and pad(M) * (pad(D) + pad(V)) <= 64 * 256 and HQ // H <= 8
+    return dtype == torch.bfloat16 and pad(M) <= 128 and pad(M) * (pad(D) + pad(V)) <= 64 * 256 and HQ // H <= 8
 
 
 @functools.cache

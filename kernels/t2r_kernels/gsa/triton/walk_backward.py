@@ -188,19 +188,20 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     dlog_alpha = torch.empty(log_alpha.shape, dtype=torch.float32, device=q.device)
     p, ds, a, da = (empty(width, walk.store) for width in (M, M, 16, 16))
     place = (walk.tiles.bounds, T, walk.tiles.per_sequence, H, HQ, group)
-    sizes = (D, V, M, triton.next_power_of_2(group), pad(M), min(64, pad(D)), min(64, pad(V)))
+    sizes = (D, V, M, triton.next_power_of_2(group), pad(M))
+    columns = [[min(width, pad(x)) for x in (D, V)] for width in (launch.QUERY_COLUMNS, launch.KEY_COLUMNS)]
     options = {"PACKED": cu_seqlens is not None, "CT": operand}
     grid = (walk.tiles.count * H,)
     tile_query_kernel[grid](
         q, k, v, log_alpha, visible, do, tiles, dq, p, ds, da, a, dlog_alpha, *place, scale, scale * LOG2E, *sizes,
-        **options, LIMITED=visible is not None, **launch.QUERY,
+        *columns[0], **options, LIMITED=visible is not None, **launch.QUERY,
     )  # fmt: skip
     dinitial = None
     if initial is not None:
         dinitial = tuple(torch.empty_like(s, dtype=torch.float32) for s in initial)
     dtiles = walk.tile_states(((ds, q), (p, do)), dfinal, dinitial, group=group, reverse=True)
     tile_key_kernel[grid](
-        q, k, v, log_alpha, do, da, a, tiles, dtiles, dk, dv, dlog_alpha, *place, *sizes, **options,
+        q, k, v, log_alpha, do, da, a, tiles, dtiles, dk, dv, dlog_alpha, *place, *sizes, *columns[1], **options,
         **launch.KEY,
     )  # fmt: skip
     return dq, dk, dv, dlog_alpha, dinitial
