@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -21,7 +23,7 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         device: "auto" is the GPU when there is one.
 
     Raises:
-        InputError: no such folder and no Hub id, a folder without a model, or a device that is not here.
+        InputError: no such folder and no Hub id, a folder without a whole model, or a device that is not here.
     """
     source = str(path)
     if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -32,14 +34,23 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         logging.disable_progress_bar()  # lines that overwrite each other are for terminals
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        model, told = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise InputError(f"{source}: cannot be loaded: {' '.join(str(error).split())}") from error
+    if missing := sorted(told["missing_keys"]):
+        # transformers would go on with random numbers in their place
+        raise InputError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         return model.to(target).eval(), tokenizer

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from t2r.errors import InputError
@@ -107,6 +107,25 @@ def test_load_takes_students_and_refuses_what_is_none(students, tmp_path, embedd
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no config\.json"):
         load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("broken", ["truncated", "a tensor less", "another shape", "another type"])
+def test_load_tells_a_broken_checkpoint_in_one_line(students, tmp_path, broken):
+    students().save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if broken == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif broken == "a tensor less":
+        tensors = load_file(weights)
+        del tensors["model.layers.1.self_attn.gate_bias"]
+        save_file(tensors, weights, {"format": "pt"})
+    else:
+        size = 16 if broken == "another shape" else "many"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": size}))
+    with pytest.raises(InputError) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_a_broken_mixers_field_is_told_in_one_line(students, tmp_path):
