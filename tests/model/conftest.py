@@ -34,6 +34,11 @@ MIXERS = {
     "abc": {"name": "abc", "slots": 8},
     "hybrid-gsa": {"name": "hybrid", "sinks": 1, "window": 4, "recurrent": {"name": "gsa", "slots": 8}},
     "hybrid-gla": {"name": "hybrid", "sinks": 1, "window": 4, "recurrent": {"name": "gla", "gate": "pooled"}},
+    "one-per-layer": [
+        {"name": "abc", "slots": 6, "layers": "2"},
+        {"name": "softmax", "window": 3, "layers": "1"},
+        {"name": "linear", "map": "elu", "layers": "0"},
+    ],
     "layers-left-out": {
         "name": "gsa",
         "slots": 8,
@@ -67,7 +72,8 @@ HOST_CONFIGS = {
 def build(host, options, *, wild=True):
     """A student in evaluation mode. `wild` draws the new parameters at random, as training would leave them."""
     torch.manual_seed(0)
-    config = student_config(host, assign_mixers(parse_options(options), host.num_hidden_layers))
+    parsed = [parse_options(one) for one in (options if isinstance(options, list) else [options])]
+    config = student_config(host, assign_mixers(parsed, host.num_hidden_layers))
     model = HOSTS[host.model_type].student_causal_lm(config).eval()
     if wild:
         for module in model.modules():

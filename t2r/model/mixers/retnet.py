@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -41,7 +40,3 @@ class RetNetMixer(LinearRecurrence):
     def finish(self, o: Tensor) -> Tensor:
         """As `RecurrentMixer.finish`."""
         return F.rms_norm(o, o.shape[-1:], eps=self.config.rms_norm_eps).flatten(2)
-
-    def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """None: there are no new parameters."""
-        return {}
