@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from t2r.convert.card import write_export_card
+from t2r.convert.directio import VerificationError
 from t2r.convert.headers import read_header
 from t2r.convert.run import RECORD, check_destination
 from t2r.convert.source import member, open_checkpoint, read_json
 from t2r.convert.stream import TORCH_DTYPES, is_finite
-from t2r.convert.verify import VerificationError
 from t2r.errors import InputError
 from t2r.publish import publish
 

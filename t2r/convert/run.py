@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def convert(
 
     Raises:
         InputError: bad input, in one line; nothing is left behind.
-        t2r.convert.verify.VerificationError: what was written does not read back.
+        t2r.convert.directio.VerificationError: what was written does not read back.
     """
     source, destination = str(source), Path(destination)
     check_destination(source, destination, overwrite=overwrite)
@@ -153,22 +152,18 @@ class InitialValues:
 def write_weights(
     shards: Mapping[str, Sequence[TensorPlan]], folder: Path, new: NewTensors, *, allow_nonfinite: bool = False
 ) -> dict[str, str]:
-    """Write every shard and, for several, their index; a second thread verifies a shard while the next is written.
+    """Write and verify every shard and, for several, their index.
 
     Returns:
         SHA-256 by file name. Errors as in `write_shard` and `verify_shard`.
     """
     sums: dict[str, str] = {}
-    checks: list[Future[None]] = []
     total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
-    verifying = ThreadPoolExecutor(1, thread_name_prefix="verify")
-    with _one_torch_thread(), Progress("weights", total) as progress, verifying as verifier:
+    with _one_torch_thread(), Progress("weights", total) as progress:
         for file, tensors in shards.items():
             path = folder / file
             sums[file] = write_shard(path, tensors, new, allow_nonfinite=allow_nonfinite, advance=progress.advance)
-            checks.append(verifier.submit(verify_shard, path, tensors, sums[file]))
-        for check in checks:
-            check.result()
+            verify_shard(path, tensors)
     if len(shards) > 1:
         write_json(folder / INDEX, build_index(shards))
     return sums

@@ -1,19 +1,17 @@
 """Write the tensors of a plan, block by block: memory does not depend on the size of the model or of a tensor.
 
-What is written is hashed on its way in a second thread, so that verification needs no second look at the source.
+What is written is hashed on its way and compared with what then lies on the disk, so nothing is read twice.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from t2r.convert.directio import VerifiedWriter
 from t2r.convert.headers import BYTES_PER_ELEMENT, StoredTensor, build_header
 from t2r.convert.plan import TensorPlan
 from t2r.errors import InputError
@@ -36,7 +34,7 @@ def write_shard(
     allow_nonfinite: bool = False,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> str:
-    """Write one safetensors file and return the SHA-256 of the bytes it should hold.
+    """Write one safetensors file, read back and compared block by block, and return its SHA-256.
 
     Args:
         path: the file to create; it must not exist.
@@ -47,8 +45,9 @@ def write_shard(
 
     Raises:
         InputError: a tensor holds NaN or Inf, or values outside the range of the target dtype.
+        VerificationError: the disk does not hold what was written.
     """
-    with _HashingFile(path) as file:
+    with VerifiedWriter(path) as file:
         file.write(memoryview(build_header((t.name, t.dtype, t.shape) for t in tensors)))
         for tensor in tensors:
             blocks = [new.value(tensor)] if tensor.source is None else read_blocks(tensor.source)
@@ -59,20 +58,17 @@ def write_shard(
                 data = written.contiguous().view(-1).view(torch.uint8).numpy().data
                 file.write(data)
                 advance(len(data))
-        return file.hexdigest()
+        return file.finish()
 
 
 def read_blocks(tensor: StoredTensor) -> Iterator[Tensor]:
-    """The elements of a stored floating-point tensor as flat blocks.
-
-    Two buffers alternate: a block is overwritten when the next but one is asked for.
-    """
+    """The elements of a stored floating-point tensor as flat blocks. Each overwrites the one before."""
     dtype = TORCH_DTYPES[tensor.dtype]
     size = min(_BLOCK_BYTES, tensor.nbytes)
-    buffers = (bytearray(size), bytearray(size))
+    buffer = memoryview(bytearray(size))
     with open(tensor.file, "rb", buffering=0) as file:
-        for number, start in enumerate(range(0, tensor.nbytes, size or 1)):
-            view = memoryview(buffers[number % 2])[: min(size, tensor.nbytes - start)]
+        for start in range(0, tensor.nbytes, size or 1):
+            view = buffer[: min(size, tensor.nbytes - start)]
             done = 0
             while done < len(view):
                 count = os.preadv(file.fileno(), [view[done:]], tensor.offset + start + done)
@@ -95,34 +91,3 @@ def _describe_nonfinite(tensor: TensorPlan, block: Tensor) -> str:
     if is_finite(block):
         return f"{where} holds values outside the range of {tensor.dtype}; choose another --dtype"
     return f"{where} holds NaN or Inf; pass --allow-nonfinite to convert it all the same"
-
-
-class _HashingFile:
-    """A file whose bytes are hashed by a second thread while the first reads and writes the next ones."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb")  # noqa: SIM115  (closed in __exit__)
-        self._digest = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._hashed: Future[None] | None = None
-
-    def write(self, data: memoryview) -> None:
-        """Append `data`, which must stay as it is until the call after this one returns."""
-        if self._hashed is not None:
-            self._hashed.result()
-        self._hashed = self._pool.submit(self._digest.update, data)
-        self._file.write(data)
-
-    def hexdigest(self) -> str:
-        if self._hashed is not None:
-            self._hashed.result()
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> "_HashingFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown()
-        self._file.close()
