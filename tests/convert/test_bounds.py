@@ -1,10 +1,12 @@
-"""What a conversion costs in memory, and what a kill leaves."""
+"""What a conversion costs in memory, what a kill leaves, and what a bad disk does."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from t2r.convert import convert
+from t2r.convert.directio import VerificationError
 from t2r.model.mixers import parse_options
 from t2r.publish import verify_manifest
 
@@ -117,3 +120,39 @@ def test_a_kill_between_the_last_two_renames(hosts, t2r, tmp_path):
         AutoConfig.from_pretrained(tmp_path / "student", trust_remote_code=False)
     assert t2r("convert", hosts("mistral"), tmp_path / "student").code == 0
     assert verify_manifest(tmp_path / "student") == []
+
+
+def test_a_disk_that_changes_a_byte_is_found_out(hosts, tmp_path, monkeypatch):
+    write = os.pwrite
+
+    def flip(descriptor: int, data: memoryview, offset: int) -> int:
+        wrong = bytearray(data)
+        wrong[-1] ^= 1
+        return write(descriptor, bytes(data[:-4096]) + bytes(wrong[-4096:]), offset)
+
+    monkeypatch.setattr(os, "pwrite", flip)
+    monkeypatch.setattr(os, "open", without_direct(os.open))  # whose addresses must be aligned
+    with pytest.raises(VerificationError, match="read back otherwise"):
+        convert(hosts("mistral"), tmp_path / "student", mixers=GSA)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_systems_without_direct_access(hosts, tmp_path, monkeypatch):
+    convert(hosts("mistral"), tmp_path / "direct", mixers=GSA)
+    monkeypatch.setattr(os, "open", without_direct(os.open))
+    convert(hosts("mistral"), tmp_path / "cached", mixers=GSA)
+    for path in (tmp_path / "direct").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cached" / path.name).read_bytes()
+
+
+def without_direct(open_file: Callable[..., int]) -> Callable[..., int]:
+    """os.open of a file system that makes the file and then refuses O_DIRECT."""
+
+    def refuse(path: Path, flags: int, *arguments: int, **options: object) -> int:
+        descriptor = open_file(path, flags & ~os.O_DIRECT, *arguments, **options)
+        if flags & os.O_DIRECT:
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "no direct access")
+        return descriptor
+
+    return refuse
