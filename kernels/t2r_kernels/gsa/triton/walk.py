@@ -32,8 +32,11 @@ def pad(size: int) -> int:
 
 
 def fits(HQ: int, H: int, D: int, V: int, M: int, dtype: torch.dtype) -> bool:
-    """Whether the fast path takes these sizes: both states of a head fit into the registers of one program."""
-    return dtype == torch.bfloat16 and pad(M) <= 128 and pad(M) * (pad(D) + pad(V)) <= 64 * 256 and HQ // H <= 8
+    """Whether the fast path takes these sizes: both states of a head fit into the registers of one program, and the
+    tiles of 64 rows (128 for groups beyond four heads) by M slots beside them."""
+    group = HQ // H
+    states = pad(M) * (pad(D) + pad(V)) <= 64 * 256
+    return dtype == torch.bfloat16 and states and group <= 8 and pad(M) <= (128 if group <= 4 else 64)
 
 
 @functools.cache

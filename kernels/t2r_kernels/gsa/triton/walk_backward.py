@@ -194,7 +194,7 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     grid = (walk.tiles.count * H,)
     tile_query_kernel[grid](
         q, k, v, log_alpha, visible, do, tiles, dq, p, ds, da, a, dlog_alpha, *place, scale, scale * LOG2E, *sizes,
-        *columns[0], **options, LIMITED=visible is not None, **launch.QUERY,
+        *columns[0], **options, LIMITED=visible is not None, **launch.for_group(launch.QUERY, group),
     )  # fmt: skip
     dinitial = None
     if initial is not None:

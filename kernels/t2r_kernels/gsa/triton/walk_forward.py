@@ -85,6 +85,6 @@ def walk_forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_s
         segments.per_sequence, length, H, HQ, HQ // H, scale * LOG2E,
         D, V, M, triton.next_power_of_2(HQ // H), pad(M), pad(D), pad(V),
         PACKED=segments.bounds is not None, EMPTY=states is None, LIMITED=visible is not None, CT=operand,
-        **launch.FORWARD,
+        **launch.for_group(launch.FORWARD, HQ // H),
     )  # fmt: skip
     return o
