@@ -1,9 +1,7 @@
 """Carry out the stages of a recipe: each loads the model before it, trains, and publishes its own."""
 
-import importlib.metadata
 import json
 import logging
-import platform
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +12,14 @@ from transformers import TrainingArguments, set_seed
 
 from t2r.errors import InputError
 from t2r.model import load
-from t2r.publish import CONFIG, MANIFEST, publish, verify_manifest
+from t2r.publish import CONFIG, publish, verify_manifest
 from t2r.recipe import AlignStage, FinetuneStage, Recipe, RunFolder, Stage, StageFolder
 from t2r.resources import resolve
 from t2r.train import checkpoints
 from t2r.train.arguments import processes, training_arguments
 from t2r.train.documents import Source, open_source, read_documents
 from t2r.train.objectives import make_objective
+from t2r.train.outputs import device_name, publish_student, versions, write_summary
 from t2r.train.packing import Batches, Loader, PackedRows, State, validation_windows
 from t2r.train.parameters import add_adapter, freeze
 from t2r.train.progress import ProgressCallback
@@ -76,7 +75,7 @@ def finetune(recipe: Recipe, *, resume: Resume | str = "auto") -> Path:
                 stop.end()
             before, data_state = place.model, json.loads(place.summary.read_text())["data_state"]
     if state.is_main_process:
-        _publish_final(recipe, before, folder.model)
+        _publish_final(recipe, folder)
     state.wait_for_everyone()
     return folder.model
 
@@ -211,39 +210,21 @@ class _StageRun:
             "steps": self.stage.steps,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1),
-            "device": _device_name(self.args.device),
+            "device": device_name(self.args.device),
             "processes": self.args.world_size,
-            "versions": _versions(),
+            "versions": versions(),
             "data_state": data_state,
         }
-        partial = self.place.summary.with_suffix(".partial")
-        partial.write_text(json.dumps(summary, indent=1) + "\n")
-        partial.replace(self.place.summary)
-        _publish_model(model, before, self.place.model, sharded)
+        write_summary(self.place, summary)
+        places = RunFolder(self.recipe).stages
+        done = places[: [place.path for place in places].index(self.place.path) + 1]
+        publish_student(model, before, self.place.model, recipe=self.recipe, stages=done, state_dict=sharded)
 
 
-def _publish_final(recipe: Recipe, last: Path, destination: Path) -> None:
+def _publish_final(recipe: Recipe, folder: RunFolder) -> None:
     """The last stage's student in the recipe's dtype."""
-    if destination.is_dir() and not verify_manifest(destination):
+    if folder.model.is_dir() and not verify_manifest(folder.model):
         return
+    last = folder.stages[-1].model
     model, _ = load(last, dtype=getattr(torch, recipe.model.dtype), device="cpu")
-    _publish_model(model, last, destination)
-
-
-def _publish_model(model: Any, before: Path, destination: Path, state_dict: dict | None = None) -> None:
-    """A student with the tokenizer and licence files of the folder it came from."""
-    with publish(destination, overwrite=True) as staging:
-        save_weights(model, staging, state_dict)
-        for path in before.iterdir():
-            own = path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
-            if path.is_file() and not own and path.name not in (CONFIG, MANIFEST, "README.md"):
-                shutil.copyfile(path, staging / path.name)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
-
-
-def _versions() -> dict[str, str]:
-    packages = ("t2r", "torch", "transformers", "accelerate", "peft", "datasets")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    publish_student(model, last, folder.model, recipe=recipe, stages=folder.stages)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from t2r.convert import convert
 from t2r.errors import InputError
 from t2r.publish import verify_manifest
-from t2r.recipe import Recipe, RunFolder, dump
+from t2r.recipe import Recipe, RunFolder, dump, parse_recipe
 from t2r.train import NonFiniteError, checkpoints, finetune, objectives
 from t2r.train.progress import ProgressCallback, read_log
 from t2r.train.trainer import StageTrainer
@@ -81,6 +81,10 @@ def test_every_stage_learns_and_leaves_what_it_says(make_recipe: MakeRecipe, tex
         assert (place.model / "tokenizer.json").read_bytes() == (before / "tokenizer.json").read_bytes()
         assert not [path for path in place.path.rglob("*") if path.suffix in (".bin", ".pkl", ".pt", ".pth")]
     assert not verify_manifest(final)
+    assert parse_recipe((final / "recipe.yaml").read_text()) == recipe
+    card = (final / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "| 3-finetune, LoRA r 2 (merged) | 2,560 | 20 |" in card
     assert same(weights(final), weights(folder.stages[-1].model))
     assert AutoModelForCausalLM.from_pretrained(final, trust_remote_code=False).config.use_cache
     untouched = "model.layers.1.self_attn.q_proj.weight"
