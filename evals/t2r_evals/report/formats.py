@@ -74,8 +74,8 @@ def duration(seconds: float | None) -> str:
 
 
 def duration_ms(seconds: float | None) -> str:
-    """For latencies: milliseconds below ten seconds."""
-    return f"{1000 * seconds:.3g} ms" if seconds is not None and seconds < 10 else duration(seconds)
+    """For latencies: milliseconds below a second."""
+    return f"{1000 * seconds:.3g} ms" if seconds is not None and seconds < 1 else duration(seconds)
 
 
 def plural(number: int, word: str) -> str:

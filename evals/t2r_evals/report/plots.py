@@ -131,7 +131,6 @@ def _task_differences(report: Report) -> Figure | None:
 
 def _recall(report: Report) -> list[Figure]:
     """Accuracy by length and depth, a map per task and model; controls stay out, the tables have them."""
-    color = facts.colors(report)
     made: list[Figure] = []
     shown = [r for r in report.results if r.recall and r.role != "control"]
     for task in dict.fromkeys(p.task for r in shown for p in r.recall):
@@ -147,7 +146,6 @@ def _recall(report: Report) -> list[Figure]:
                 rows=[f"{100 * depth:.0f}%" if len(depths) > 1 else "all" for depth in depths],
                 x_label="length, tokens",
                 y_label="depth",
-                color=color[r.name],
             )
             made.append(Figure(f"recall-{task}-{len(made)}", "recall", caption, svg))
     return made

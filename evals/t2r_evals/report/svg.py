@@ -20,8 +20,9 @@ max-width:100%;height:auto}
 --s2:#f0883e;--s3:#bc8cff;--s4:#56d364;--s5:#ff7bbf;--s6:#e3b341;--s7:#4fc9dd}}
 .chart text{fill:var(--ink)}.chart .tick,.chart .axis{fill:var(--muted)}.chart .grid{stroke:var(--grid);stroke-width:1}
 .chart .zero{stroke:var(--muted);stroke-width:1}.chart .line{fill:none;stroke-width:2;stroke-linejoin:round}
-.chart .dash{stroke-dasharray:5 4}.chart .bar{stroke:none}.chart .range{stroke:var(--ink);stroke-width:1.5}
+.chart .dash{stroke-dasharray:5 4}.chart .range{stroke:var(--ink);stroke-width:1.5}
 """ + "".join(f".chart .s{i}{{stroke:var(--s{i});fill:var(--s{i})}}.chart .line.s{i}{{fill:none}}" for i in range(8))
+STYLE += ".chart .bar{stroke:none}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,6 @@ def heat_map(
     rows: Sequence[str],
     x_label: str,
     y_label: str,
-    color: int,
     value_format: Callable[[float], str] = lambda v: f"{v:.2f}",
 ) -> str:
     """Values 0..1 as shades with their numbers; `values` [row][column], None where nothing was measured."""
@@ -163,10 +163,10 @@ def heat_map(
             x = left + j * width
             if value is None:
                 continue
-            # At most two thirds: the number on top must stay readable in both schemes.
-            shade, shown = 0.04 + 0.62 * value, escape(value_format(value))
+            # Never opaque: the number on top must stay readable in both schemes.
+            shade, shown = 0.04 + 0.56 * value, escape(value_format(value))
             parts.append(
-                f'<rect class="bar s{color}" fill-opacity="{shade:.2f}" x="{x + 1:.1f}" y="{y + 1:.1f}" '
+                f'<rect class="bar s1" fill-opacity="{shade:.2f}" x="{x + 1:.1f}" y="{y + 1:.1f}" '
                 f'width="{width - 2:.1f}" height="{cell - 2:.1f}" rx="3">'
                 f"<title>{escape(rows[i])}, {escape(columns[j])}: {shown}</title></rect>"
                 f'<text x="{x + width / 2:.1f}" y="{y + 19:.1f}" text-anchor="middle">{shown}</text>'

@@ -164,7 +164,8 @@ def comparison_table(report: Report) -> Table | None:
     teachers = {result.name for result in report.by_role("teacher")}
     rows = []
     for c in report.comparisons:
-        scale, show = (1.0, "{:+.3f}") if c.mcnemar_p is None else (100.0, "{:+.1f}")
+        is_share = c.measurement != "language" and 0 <= c.baseline_value <= 1 and 0 <= c.model_value <= 1
+        scale, show = (100.0, "{:+.1f}") if is_share else (1.0, "{:+.3f}")
         interval = f"{show.format(scale * c.low)} to {show.format(scale * c.high)}" if c.items > 1 else f.BLANK
         rows.append(
             [
