@@ -157,7 +157,7 @@ def command(
                     documents=documents,
                     options=options,
                     teacher=teacher,
-                    components=_components(loaded) if role == "student" else None,
+                    components=hybrid_components(loaded) if role == "student" else None,
                     folder=output / "tasks" / name,
                     **_sizes(loaded),
                 )
@@ -220,7 +220,7 @@ def _sizes(model: Any) -> dict[str, int]:
     return {key: memory[key] for key in ("state_bytes", "kv_bytes_per_token")}
 
 
-def _components(model: Any) -> dict[str, list[Any]] | None:
+def hybrid_components(model: Any) -> dict[str, list[Any]] | None:
     """The attention modules of a hybrid by kind of mixer; None for a model of one kind."""
     from t2r.model import describe
 
