@@ -13,7 +13,7 @@ import t2r.model  # noqa: F401
 from t2r.convert import convert, make_plan
 from t2r.convert.plan import parse_size
 from t2r.errors import InputError
-from t2r.model.mixers import parse_options
+from t2r.model.mixers import MIXERS, parse_options
 from t2r.publish import verify_manifest
 from tests.convert.conftest import EXTRA_FILES, HOST_CONFIGS
 
@@ -53,6 +53,17 @@ def test_gsa_student_holds_the_host_bit_for_bit(hosts, tmp_path, kind, layout):
         assert torch.equal(value, expected), name
     assert type(model).__name__.startswith("T2R")
     assert model(torch.arange(40)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_converts_and_loads_bit_for_bit(hosts, tmp_path, name):
+    """The default options of each mixer; nothing of the file is initialised over, every new tensor is finite."""
+    plan = convert(hosts("qwen3"), tmp_path / "student", mixers=parse_options({"name": name}), dtype=None)
+    after = stored(tmp_path / "student")
+    assert {t.name for t in plan.tensors} == set(after)
+    assert all(x.isfinite().all() for x in after.values())
+    for key, value in load(tmp_path / "student", dtype=torch.float32).state_dict().items():
+        assert torch.equal(value, after[key]), key
 
 
 @pytest.mark.parametrize("kind", KINDS)
