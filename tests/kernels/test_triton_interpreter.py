@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
-@pytest.mark.parametrize("module", sorted(path.name for path in HERE.glob("test_triton_g*.py")))
+@pytest.mark.parametrize("module", ["test_triton_gsa.py", "test_triton_gsa_walk.py"])
 def test_in_the_interpreter(module):
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(HERE / module)],
@@ -23,6 +23,6 @@ def test_in_the_interpreter(module):
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
