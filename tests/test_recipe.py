@@ -206,6 +206,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         ("{kind: align, tokens: 1M, train: all}", "train"),
         ("{kind: align, tokens: 1M, adapter: {kind: lora}}", "adapter"),
         ("{kind: distill, tokens: 1M, adapter: {kind: dora}}", "adapter.kind"),
+        ("{kind: distill, tokens: 1M, train: mixer, adapter: {kind: lora}}", "train: 'mixer' does not go with"),
         ("{kind: distill, tokens: 1M, warmup: 1.5}", "whole number of steps"),
         ("{kind: distill, tokens: 1M, warmup: 1000}", "warmup: 1000 steps, but the stage has only 15"),
         ("{kind: distill, tokens: 1M, temperature: 0}", "temperature"),

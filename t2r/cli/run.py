@@ -30,9 +30,11 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     Run it again after an interruption: what is finished and verified is kept.
     """
     from t2r.recipe import RunFolder, load_recipe
+    from t2r_evals.harness import check_tasks
 
     started = time.monotonic()
     recipe = load_recipe(recipe_name, list(overrides))
+    check_tasks(recipe.evaluate.suites, recipe.evaluate.tasks, None)  # before hours of training, not after
     folder = RunFolder(recipe)
     folder.claim()
     convert_student(recipe, folder)
@@ -83,12 +85,12 @@ def _convert(recipe: "Recipe", mixers: "Sequence[MixerOptions]", destination: Pa
 
 def train_student(recipe: "Recipe", folder: "RunFolder", resume: str) -> None:
     """All stages; the final student in `model/`."""
-    from t2r.train import finetune
+    from t2r.train import finetune, is_finished
 
-    if _published(folder.model):
+    if resume == "auto" and is_finished(recipe):
         _say(f"{folder.model}: there and verified, kept")
-        return
-    finetune(recipe, resume=resume)
+    else:
+        finetune(recipe, resume=resume)
 
 
 def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) -> "Report":

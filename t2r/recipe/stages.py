@@ -101,6 +101,13 @@ class BaseStage(Section):
         return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
 
     @model_validator(mode="after")
+    def _adapter_trains_itself(self) -> "BaseStage":
+        train = getattr(self, "train", "all")
+        if getattr(self, "adapter", None) is not None and train != "all":
+            raise ValueError(f"train: {train!r} does not go with an adapter, whose own parameters are what is trained")
+        return self
+
+    @model_validator(mode="after")
     def _batch_holds_rows(self) -> "BaseStage":
         rows = self.sequence_length * self.micro_batch_size
         if self.batch_tokens % rows:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2r.publish import CONFIG, MANIFEST, publish
+from t2r.publish import CONFIG, MANIFEST, publish, sha256_file, verify_manifest
 from t2r.recipe import Recipe, StageFolder, dump
 from t2r.train.trainer import save_weights
 
 CARD = "README.md"
+ORIGIN = "origin.json"
 
 
 def publish_student(
@@ -40,8 +41,21 @@ def publish_student(
             weights = path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
             if path.is_file() and not weights and path.name not in (CONFIG, MANIFEST, CARD):
                 shutil.copyfile(path, staging / path.name)
+        (staging / ORIGIN).write_text(json.dumps(_origin(before)) + "\n")
         (staging / "recipe.yaml").write_text(dump(recipe))
         (staging / CARD).write_text(_card(before, destination, recipe, stages))
+
+
+def is_current(student: Path, before: Path) -> bool:
+    """True when `student` verifies and was published from `before` as `before` is now."""
+    if not (before / MANIFEST).is_file() or verify_manifest(student):
+        return False
+    origin = student / ORIGIN
+    return origin.is_file() and json.loads(origin.read_text()) == _origin(before)
+
+
+def _origin(before: Path) -> dict[str, str]:
+    return {"manifest_sha256": sha256_file(before / MANIFEST)}
 
 
 def write_summary(place: StageFolder, summary: dict[str, Any]) -> None:

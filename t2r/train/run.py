@@ -12,14 +12,14 @@ from transformers import TrainingArguments, set_seed
 
 from t2r.errors import InputError
 from t2r.model import load
-from t2r.publish import CONFIG, publish, verify_manifest
+from t2r.publish import CONFIG, publish
 from t2r.recipe import AlignStage, FinetuneStage, Recipe, RunFolder, Stage, StageFolder
 from t2r.resources import resolve
 from t2r.train import checkpoints
 from t2r.train.arguments import processes, training_arguments
 from t2r.train.documents import Source, open_source, read_documents
 from t2r.train.objectives import make_objective
-from t2r.train.outputs import device_name, publish_student, versions, write_summary
+from t2r.train.outputs import device_name, is_current, publish_student, versions, write_summary
 from t2r.train.packing import Batches, Loader, PackedRows, State, validation_windows
 from t2r.train.parameters import add_adapter, freeze
 from t2r.train.progress import ProgressCallback
@@ -78,6 +78,12 @@ def finetune(recipe: Recipe, *, resume: Resume | str = "auto") -> Path:
         _publish_final(recipe, folder)
     state.wait_for_everyone()
     return folder.model
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """True when every stage of the recipe is done and the final student was made from the last one."""
+    folder = RunFolder(recipe)
+    return all(place.done for place in folder.stages) and is_current(folder.model, folder.stages[-1].model)
 
 
 def _reset(folder: RunFolder, resume: Resume | str) -> None:
@@ -168,13 +174,12 @@ class _StageRun:
 
     def _trainable(self, student: Any, before: Path) -> Any:
         stage = self.stage
-        if stage.adapter is not None:
-            return add_adapter(student, stage.adapter, str(before))
-        freeze(student, stage)
+        if stage.adapter is None:
+            freeze(student, stage)
         if stage.gradient_checkpointing and not isinstance(stage, AlignStage):
             enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        return student
+        return student if stage.adapter is None else add_adapter(student, stage.adapter, str(before))
 
     def _loader(self, source: Source, tokenizer: Any, state: State | None) -> Loader:
         data = self.recipe.data
@@ -223,8 +228,8 @@ class _StageRun:
 
 def _publish_final(recipe: Recipe, folder: RunFolder) -> None:
     """The last stage's student in the recipe's dtype."""
-    if folder.model.is_dir() and not verify_manifest(folder.model):
-        return
     last = folder.stages[-1].model
+    if is_current(folder.model, last):
+        return
     model, _ = load(last, dtype=getattr(torch, recipe.model.dtype), device="cpu")
     publish_student(model, last, folder.model, recipe=recipe, stages=folder.stages)

@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from t2r.convert import convert
 from t2r.errors import InputError
 from t2r.publish import verify_manifest
 from t2r.recipe import Recipe, RunFolder, dump, parse_recipe
-from t2r.train import NonFiniteError, checkpoints, finetune, objectives
+from t2r.train import NonFiniteError, checkpoints, finetune, is_finished, objectives
 from t2r.train.progress import ProgressCallback, read_log
 from t2r.train.trainer import StageTrainer
 
@@ -101,6 +102,40 @@ def test_stages_read_on_where_the_one_before_stopped(make_recipe: MakeRecipe) ->
     whole = make_recipe({**STAGES["align"], "tokens": 1536}, output="whole")
     finetune(whole)
     assert json.loads(RunFolder(whole).stages[0].summary.read_text())["data_state"] == states[1]
+
+
+def test_a_stage_added_later_is_trained_and_the_final_student_made_anew(make_recipe: MakeRecipe) -> None:
+    one, two = make_recipe(STAGES["align"]), make_recipe(STAGES["align"], STAGES["finetune"])
+    finetune(one)
+    before = weights(RunFolder(one).model)
+    assert is_finished(one)
+    assert not is_finished(two)
+    finetune(two)
+    assert is_finished(two)
+    assert not same(weights(RunFolder(two).model), before)
+    assert same(weights(RunFolder(two).model), weights(RunFolder(two).stages[1].model))
+    assert not is_finished(one)  # the folder is the longer recipe's now
+
+
+def test_an_adapter_does_not_switch_gradient_checkpointing_off(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe({**STAGES["lora"], "gradient_checkpointing": True})
+    seen = []
+    step = StageTrainer.training_step
+
+    def training_step(self: StageTrainer, model: Any, *args: Any) -> Any:
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        seen.append(bool(layers) and all(layer.gradient_checkpointing for layer in layers))
+        loss = step(self, model, *args)
+        adapter = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+        seen.append(all(gradient is not None and gradient.abs().sum() > 0 for gradient in adapter))
+        return loss
+
+    monkeypatch.setattr(StageTrainer, "training_step", training_step)
+    finetune(recipe)
+    assert seen
+    assert all(seen)
 
 
 def test_an_adapter_reloads_and_merges_to_the_stages_model(make_recipe: MakeRecipe) -> None:
