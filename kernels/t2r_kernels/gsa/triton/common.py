@@ -174,21 +174,21 @@ def masked_sum(mask, high, low, SPLIT: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def prefix_decay(t, i, high, low, LEVEL: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr):
+def prefix_decay(t, i, high, low, LEVEL, SPLIT: tl.constexpr, EXACT: tl.constexpr):
     """Decay from the start of t's block of 2^LEVEL tokens through t, [len(t), BM]."""
     mask = ((t >> LEVEL)[:, None] == (i >> LEVEL)[None, :]) & (i[None, :] <= t[:, None])
     return tl.exp2(masked_sum(mask, high, low, SPLIT, EXACT))
 
 
 @triton.jit
-def suffix_decay(i, high, low, LEVEL: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr):
+def suffix_decay(i, high, low, LEVEL, SPLIT: tl.constexpr, EXACT: tl.constexpr):
     """Decay from after token i to the end of its block of 2^LEVEL tokens, [C, BM]."""
     mask = ((i >> LEVEL)[:, None] == (i >> LEVEL)[None, :]) & (i[None, :] > i[:, None])
     return tl.exp2(masked_sum(mask, high, low, SPLIT, EXACT))
 
 
 @triton.jit
-def pairs_at(t, i, LEVEL: tl.constexpr):
+def pairs_at(t, i, LEVEL):
     """Pairs (t, i) that the tree separates at LEVEL: i in a left block, t in the right block beside it."""
     return ((t >> LEVEL)[:, None] == (i >> LEVEL)[None, :] + 1) & (((i >> LEVEL) & 1) == 0)[None, :]
 

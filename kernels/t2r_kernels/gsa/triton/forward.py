@@ -25,6 +25,16 @@ from .states import chunk_states
 
 
 @triton.jit
+def read_level(
+    qk, t, i, w, high, low, level, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr
+):
+    """The pairs of one level of the tree in `read_slots`."""
+    we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
+    part = dot(tl.where(pairs_at(t, i, level), qk, 0.0), we, CT, PREC)
+    return part * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+
+
+@triton.jit
 def read_slots(
     qk, inter, t, i, w, high, low,
     LOG_C: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
@@ -35,14 +45,23 @@ def read_slots(
     """
     s = inter * prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)
     s += dot(tl.where(t[:, None] == i[None, :], qk, 0.0), w, CT, PREC)
-    for level in tl.static_range(LOG_C):
-        if level == 0:
-            we = w
-        else:
-            we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
-        part = dot(tl.where(pairs_at(t, i, level), qk, 0.0), we, CT, PREC)
-        s += part * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+    if SPLIT or w.shape[1] <= 64:
+        for level in tl.static_range(LOG_C):
+            s += read_level(qk, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
+    else:  # three passes over wide tiles, unrolled, compile for minutes
+        for level in range(LOG_C):
+            s += read_level(qk, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
     return s
+
+
+@triton.jit
+def write_level(
+    p, t, i, w, high, low, level, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr
+):
+    """The pairs of one level of the tree in `write_slots`."""
+    we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
+    pd = p * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+    return tl.where(pairs_at(t, i, level), dot(pd, tl.trans(we.to(CT)), CT, PREC), 0.0)
 
 
 @triton.jit
@@ -52,13 +71,12 @@ def write_slots(
 ):  # fmt: skip
     """Key-side gated attention of a chunk: [rows, C] of sum_m p[t, m] w[i, m] decay(i -> t)[m] for i <= t, else 0."""
     a = tl.where(t[:, None] == i[None, :], dot(p, tl.trans(w.to(CT)), CT, PREC), 0.0)
-    for level in tl.static_range(LOG_C):
-        if level == 0:
-            we = w
-        else:
-            we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
-        pd = p * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
-        a += tl.where(pairs_at(t, i, level), dot(pd, tl.trans(we.to(CT)), CT, PREC), 0.0)
+    if SPLIT or w.shape[1] <= 64:
+        for level in tl.static_range(LOG_C):
+            a += write_level(p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
+    else:
+        for level in range(LOG_C):
+            a += write_level(p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
     return a
 
 

@@ -46,6 +46,32 @@ def state_products(
 
 
 @triton.jit
+def level_flow(
+    qk, ov, ds, p, t, i, w, high, low, level,
+    CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Pairs of one level of the tree: what crosses each token, and the gradient of each write weight, both [C, BM].
+
+    A read crosses its (right) block up to itself, a write the rest of its (left) block.
+    """
+    pairs = pairs_at(t, i, level)
+    block = (t >> level)[:, None] == (i >> level)[None, :]
+    decay = tl.exp2(masked_sum(block & (i[None, :] <= t[:, None]), high, low, SPLIT, EXACT))
+    qk_l = tl.where(pairs, qk, 0.0).to(CT)
+    ov_l = tl.where(pairs, ov, 0.0).to(CT)
+    dsd = ds * decay
+    pd = p * decay
+    suffix = suffix_decay(i, high, low, level, SPLIT, EXACT)
+    we = (w * suffix).to(CT)
+    read = dsd * dot(qk_l, we, CT, PREC) + pd * dot(ov_l, we, CT, PREC)
+    flow = dot(tl.where(tl.trans(block) & (t[None, :] >= i[:, None]), 1.0, 0.0), read, CT, PREC)
+    written = suffix * (dot(tl.trans(qk_l), dsd, CT, PREC) + dot(tl.trans(ov_l), pd, CT, PREC))
+    beside = ((i >> level)[:, None] == (i >> level)[None, :]) & (i[None, :] < i[:, None])
+    flow += dot(tl.where(beside, 1.0, 0.0), w * written, CT, PREC)
+    return flow, written
+
+
+@triton.jit
 def gate_kernel(
     q, k, v, log_alpha, do, p_in, ds_in, states, dstates, gamma, dlog_alpha, bounds, T, NC, H, HQ, G,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
@@ -96,26 +122,15 @@ def gate_kernel(
         same = t[:, None] == i[None, :]
         dw += dot(tl.trans(tl.where(same, qk, 0.0).to(CT)), ds, CT, PREC)
         dw += dot(tl.trans(tl.where(same, ov, 0.0).to(CT)), p, CT, PREC)
-        for level in tl.static_range(LOG_C):
-            # Both in this chunk: a read crosses its (right) block up to itself, a write the rest of its (left) block.
-            pairs = pairs_at(t, i, level)
-            block = (t >> level)[:, None] == (i >> level)[None, :]
-            decay = tl.exp2(masked_sum(block & (i[None, :] <= t[:, None]), high, low, SPLIT, EXACT))
-            qk_l = tl.where(pairs, qk, 0.0).to(CT)
-            ov_l = tl.where(pairs, ov, 0.0).to(CT)
-            dsd = ds * decay
-            pd = p * decay
-            if level == 0:
-                suffix = tl.full([C, BM], 1.0, tl.float32)
-            else:
-                suffix = suffix_decay(i, high, low, level, SPLIT, EXACT)
-            we = (w * suffix).to(CT)
-            read = dsd * dot(qk_l, we, CT, PREC) + pd * dot(ov_l, we, CT, PREC)
-            flow += dot(tl.where(tl.trans(block) & later, 1.0, 0.0), read, CT, PREC)
-            written = suffix * (dot(tl.trans(qk_l), dsd, CT, PREC) + dot(tl.trans(ov_l), pd, CT, PREC))
-            dw += written
-            if level > 0:
-                beside = ((i >> level)[:, None] == (i >> level)[None, :]) & earlier
-                flow += dot(tl.where(beside, 1.0, 0.0), w * written, CT, PREC)
+        if SPLIT or BM <= 64:
+            for level in tl.static_range(LOG_C):
+                crossing, written = level_flow(qk, ov, ds, p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
+                flow += crossing
+                dw += written
+        else:  # as in `read_slots`
+            for level in range(LOG_C):
+                crossing, written = level_flow(qk, ov, ds, p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
+                flow += crossing
+                dw += written
     grad = flow - tl.exp2(x) * dw
     tl.store(dlog_alpha + token[:, None] * M + m[None, :], grad, mask=valid[:, None] & (m < M)[None, :])
