@@ -35,7 +35,9 @@ def test_every_size_in_bf16(width, slots, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("width", "slots"), [(32, 64), (64, 64), (80, 32), (96, 16), (128, 64), (128, 128), (256, 64)])
+@pytest.mark.parametrize(
+    ("width", "slots"), [(32, 64), (64, 64), (80, 32), (96, 16), (128, 64), (128, 128), (256, 64), (256, 256)]
+)
 def test_other_types(width, slots, dtype, seed):
     sizes = {"dim_k": width, "dim_v": width, "slots": slots, "group": 4, "heads": 2, "batch": 1}
     check(gsa_inputs("clock", seed, tokens=100, dtype=dtype, **sizes), seed)

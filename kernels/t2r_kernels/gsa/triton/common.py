@@ -43,7 +43,7 @@ def choose_blocks(HQ: int, H: int, D: int, V: int, M: int, itemsize: int) -> Blo
     slots = max(16, triton.next_power_of_2(M))
     rows = 128 if slots <= 64 and itemsize == 2 else 64
     if slots > 64 and itemsize == 4:
-        rows = 32  # three tf32 passes over 64 rows would need more shared memory than there is
+        rows = 32 if slots <= 128 else 16  # three tf32 passes over more would need more shared memory than there is
     group = min(triton.next_power_of_2(HQ // H), rows // 16)
     chunk = min(64 if rows == 128 else 32, max(16, rows // group))
     width = 64 if itemsize == 2 else 32
