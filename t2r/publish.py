@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 CONFIG = "config.json"
 PENDING_CONFIG = ".config.json.pending"
 _BLOCK = 1 << 22
+_OLD = "old"
 
 
 @contextmanager
@@ -41,6 +42,7 @@ def publish(destination: Path, *, overwrite: bool = False, hashes: Mapping[str, 
     destination = Path(destination)
     if (destination / PENDING_CONFIG).is_file():
         shutil.rmtree(destination)  # a kill came between the last two renames
+    _restore(destination)
     if destination.exists() and not overwrite:
         raise InputError(f"{destination}: already exists; pass --overwrite to replace it, or name another folder")
     parent = destination.absolute().parent
@@ -67,9 +69,22 @@ def publish(destination: Path, *, overwrite: bool = False, hashes: Mapping[str, 
         raise
 
 
+def _restore(destination: Path) -> None:
+    """Put back a destination that a kill left moved aside, its successor not yet in its place."""
+    if not destination.exists():
+        for old in _partials(destination):
+            if (old / _OLD).is_dir():
+                os.rename(old / _OLD, destination)
+                return
+
+
+def _partials(destination: Path) -> list[Path]:
+    return list(destination.absolute().parent.glob(f".{glob.escape(destination.name)}.partial-*"))
+
+
 def remove_partials(destination: Path) -> None:
     """Remove what a killed publish of `destination` left beside it."""
-    for path in Path(destination).absolute().parent.glob(f".{glob.escape(Path(destination).name)}.partial-*"):
+    for path in _partials(Path(destination)):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -137,7 +152,7 @@ def _swap(staging: Path, destination: Path) -> None:
     if not destination.exists():
         os.rename(staging, destination)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=staging.parent)) / "old"
+    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=staging.parent)) / _OLD
     os.rename(destination, old)
     os.rename(staging, destination)
     shutil.rmtree(old.parent, ignore_errors=True)

@@ -1,5 +1,7 @@
 """A folder is published whole or not at all."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,25 @@ def test_damage_is_named(tmp_path, change, words):
     change(tmp_path / "folder")
     (problem,) = verify_manifest(tmp_path / "folder")
     assert words in problem
+
+
+def test_what_a_kill_moved_aside_is_put_back(tmp_path, monkeypatch):
+    with publish(tmp_path / "a") as staging:
+        write(staging, "old")
+    rename = os.rename
+
+    def killed(source: Path, target: Path) -> None:
+        rename(source, target)
+        if Path(target).name == "old":
+            raise SystemExit
+
+    monkeypatch.setattr(os, "rename", killed)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill cleans nothing up
+    with pytest.raises(SystemExit), publish(tmp_path / "a", overwrite=True) as staging:
+        write(staging, "new")
+    monkeypatch.undo()
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(InputError, match="--overwrite"), publish(tmp_path / "a"):
+        raise AssertionError("nothing may be written")
+    assert (tmp_path / "a" / "data" / "weights").read_text() == "old"
+    assert verify_manifest(tmp_path / "a") == []

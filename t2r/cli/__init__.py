@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -60,6 +61,9 @@ def main() -> NoReturn:
     """Entry point: 0 done, 1 the work failed, 2 wrong usage or bad input (one line), 130 on Ctrl-C."""
     # A closed pipe (`t2r info MODEL | head`) ends us as it ends any Unix program.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # OpenMP's threads wait for each other by spinning, for so long that on a busy machine a training step takes ten
+    # times its time. Read once, when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         result = cli.main(prog_name="t2r", standalone_mode=False)
     except click.UsageError as error:

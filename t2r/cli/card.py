@@ -1,28 +1,37 @@
-"""The model card of a finished student: the converter's card, with what was trained and what was measured."""
+"""What was measured, added to the model card of a finished student."""
 
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from t2r_evals import Report
 
-NOT_YET = "It is converted, not yet finetuned."
+_HEADING = "\n## Measured\n"
 
 
-def write_student_card(report: "Report", converted: Path, student: Path) -> None:
-    """Write README.md into `student`; licence, mixers and conversion come from the card in `converted`."""
+def add_measurements(report: "Report", student: Path) -> None:
+    """Put the short table and the front matter's `model-index` on the card in `student`, in the place of older ones.
+
+    The card is in the folder's manifest, which is written anew; nothing else is hashed again.
+    """
     import yaml
 
+    from t2r.publish import MANIFEST, write_manifest
     from t2r_evals.report.card import card_table, model_index
 
-    card = (converted / "README.md").read_text()
-    assert NOT_YET in card, "the converter's card has changed its wording"
-    trained = "; ".join(f"{stage.kind} on {stage.tokens:,} tokens" for stage in report.stages)
-    measured = f"Trained: {trained}.\n\n{card_table(report)}\nThe whole report is `report.html` of the run."
-    card = card.replace(NOT_YET, measured).replace(f"# {converted.name}\n", f"# {student.name}\n")
-    card = card.replace(str(converted), str(student))
-    head, end, rest = card.removeprefix("---\n").partition("\n---\n")
-    index = yaml.safe_dump({"model-index": model_index(report, student.name)}, sort_keys=False, allow_unicode=True)
-    partial = student / ".README.md.partial"
-    partial.write_text(f"---\n{head}\n{index.rstrip()}{end}{rest}")
-    partial.replace(student / "README.md")
+    card = student / "README.md"
+    match = re.fullmatch(r"(?:---\n(.*?)\n---\n)?(.*)", card.read_text(), flags=re.DOTALL)
+    assert match is not None
+    front = yaml.safe_load(match[1] or "{}") | {"model-index": model_index(report, student.name)}
+    body = match[2].partition(_HEADING)[0].rstrip()
+    table = f"{card_table(report)}\nThe whole report, with teacher and controls, is `report.html` of the run."
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}\n{_HEADING}\n{table}\n"
+    if text == card.read_text():
+        return
+    files = json.loads((student / MANIFEST).read_text())["files"]
+    partial = student.parent / f".{student.name}.README.partial"
+    partial.write_text(text)
+    partial.replace(card)
+    write_manifest(student, {name: file["sha256"] for name, file in files.items() if name != card.name})

@@ -30,7 +30,7 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str, dry_run: 
         click.echo(_outline(recipe))
         return
     from t2r.convert import convert
-    from t2r.publish import CONFIG
+    from t2r.publish import verify_manifest
     from t2r.resources import resolve
     from t2r.train import finetune, processes
 
@@ -38,13 +38,14 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str, dry_run: 
     state = processes()
     if state.is_main_process:
         folder.claim()
-        if not (folder.converted / CONFIG).is_file():
+        if verify_manifest(folder.converted):
             convert(
                 resolve(recipe.model.source),
                 folder.converted,
                 mixers=recipe.mixer,
                 dtype=recipe.model.dtype,
                 seed=recipe.seed,
+                overwrite=True,
                 command=["t2r", *sys.argv[1:]],
             )
     state.wait_for_everyone()

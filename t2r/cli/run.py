@@ -34,25 +34,22 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
 
     started = time.monotonic()
     recipe = load_recipe(recipe_name, list(overrides))
-    check_tasks(recipe.evaluate.suites, recipe.evaluate.tasks, None)  # before hours of training, not after
+    # Before hours of training, not after.
+    check_tasks(recipe.evaluate.suites, recipe.evaluate.tasks, None)
+    controls = [_window_only(mixer) for mixer in recipe.mixer] if "window-only" in recipe.evaluate.controls else []
     folder = RunFolder(recipe)
     folder.claim()
     convert_student(recipe, folder)
     train_student(recipe, folder, resume)
-    convert_controls(recipe, folder)
+    if controls:
+        _convert(recipe, controls, folder.controls / "window-only")
     report = measure_and_report(recipe, folder, started)
     click.echo(summary(report, folder, time.monotonic() - started))
 
 
 def convert_student(recipe: "Recipe", folder: "RunFolder") -> None:
-    """The teacher as a student before any training, in `converted/`."""
+    """The teacher as a student before any training, in `converted/`: the control "no-training"."""
     _convert(recipe, recipe.mixer, folder.converted)
-
-
-def convert_controls(recipe: "Recipe", folder: "RunFolder") -> None:
-    """The students that the trained one must beat; "no-training" is `converted/` itself."""
-    if "window-only" in recipe.evaluate.controls:
-        _convert(recipe, [_window_only(mixer) for mixer in recipe.mixer], folder.controls / "window-only")
 
 
 def _window_only(mixer: "MixerOptions") -> "MixerOptions":
@@ -95,7 +92,7 @@ def train_student(recipe: "Recipe", folder: "RunFolder", resume: str) -> None:
 
 def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) -> "Report":
     """Teacher, student and controls measured the same way; samples; report.json, report.md and report.html."""
-    from t2r.cli.card import write_student_card
+    from t2r.cli.card import add_measurements
     from t2r_evals import Report, write_report
     from t2r_evals.provenance import machine, versions
     from t2r_evals.stages import read_stage
@@ -117,7 +114,7 @@ def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) ->
         seconds=round(time.monotonic() - started, 1),
     )
     report = write_report(report, folder.path)
-    write_student_card(report, folder.converted, folder.model)
+    add_measurements(report, folder.model)
     return report
 
 
@@ -197,11 +194,13 @@ def _measure_one(
 
 
 def _key(path: str | Path, *parts: str) -> str:
-    """What a stored result depends on: the model's own manifest (or its name), the options, the text."""
+    """What a stored result depends on: the model's files but its card (or its name), the options, the text."""
     from t2r.publish import MANIFEST
 
     manifest = Path(path) / MANIFEST
-    digest = hashlib.sha256(manifest.read_bytes() if manifest.is_file() else str(path).encode())
+    files = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
+    sums = [f"{name} {file['sha256']}" for name, file in sorted(files.items()) if name != "README.md"]
+    digest = hashlib.sha256("\n".join(sums or [str(path)]).encode())
     for part in parts:
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()

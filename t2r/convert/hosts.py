@@ -105,7 +105,15 @@ def _check_sizes(raw: Mapping[str, Any], path: Path) -> None:
     head_dim = raw.get("head_dim") or hidden // heads
     if head_dim % 2:
         raise InputError(f"{path}: head_dim is {head_dim}; rotary positions need an even one")
-    for key in ("rms_norm_eps", "rope_theta"):
-        value = raw.get(key, 1.0)
+    positive = {key: raw.get(key, 1.0) for key in ("rms_norm_eps", "rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(key) or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"{path}: {key} is {rope!r}, expected an object")
+        positive |= {f"{key}.{name}": n for name, n in rope.items() if isinstance(n, int | float)}
+    for key, value in positive.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
             raise InputError(f"{path}: {key} is {value!r}, expected a positive finite number")
+    dropout = raw.get("attention_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not (0 <= dropout < 1):
+        raise InputError(f"{path}: attention_dropout is {dropout!r}, expected a number from 0 to below 1")

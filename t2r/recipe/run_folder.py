@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from t2r.errors import InputError
-from t2r.publish import MANIFEST
+from t2r.publish import verify_manifest
 from t2r.recipe.loader import parse_recipe
 from t2r.recipe.schema import Recipe, dump
 
@@ -22,8 +22,8 @@ class StageFolder:
 
     @property
     def done(self) -> bool:
-        """True once the stage's model is published."""
-        return (self.model / MANIFEST).is_file()
+        """True when the stage's model is published and every file is what its manifest says."""
+        return self.model.is_dir() and self.summary.is_file() and not verify_manifest(self.model)
 
 
 class RunFolder:
@@ -61,7 +61,10 @@ class RunFolder:
                     f"{self.path}: holds a run of another recipe ({key} is {old!r} there, {new!r} here); "
                     f"name another output, or remove the folder"
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path}: output cannot be made there ({error.strerror})") from None
         staging = self.recipe_file.with_suffix(".yaml.partial")
         staging.write_text(dump(self.recipe))
         staging.replace(self.recipe_file)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from t2r.cli import VERBS
+from t2r.publish import verify_manifest
 
 SMALL = [
     *("stages.0.tokens=4096", "stages.1.tokens=4096", "data.sequence_length=256"),
@@ -94,6 +95,11 @@ def test_run_from_teacher_to_report_and_again(tmp_path):
         assert (folder / name).stat().st_size > 0
     for said in (str(Path("run") / "report.html"), "student", "Done in"):
         assert said in first.stdout
+
+    card = (folder / "model" / "README.md").read_text()
+    assert "model-index" in card
+    assert f"| {loss['student']:.3f} | {loss['teacher']:.3f} |" in card
+    assert verify_manifest(folder / "model") == []
 
     weights = folder / "model" / "model.safetensors"
     written = weights.stat().st_mtime_ns

@@ -158,6 +158,9 @@ CASES = {
     "activation": Case("single", "no_such_activation", config(hidden_act="no_such_activation")),
     "wrong type": Case("single", "use_cache", config(use_cache="perhaps")),
     "rope": Case("single", "no_such_type", config(rope_parameters={"rope_type": "no_such_type", "rope_theta": 1e4})),
+    "rope-theta": Case("single", "rope_theta", config(rope_parameters={"rope_type": "default", "rope_theta": -1.0})),
+    "rope-factor": Case("single", "factor", config(rope_scaling={"rope_type": "linear", "factor": 0.0})),
+    "dropout": Case("single", "attention_dropout", config(attention_dropout=-3.0)),
     "missing tensor": Case(
         "single", "norm.weight is missing", lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight"))
     ),
