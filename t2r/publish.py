@@ -126,6 +126,13 @@ def verify_manifest(folder: Path, *, contents: bool = True) -> list[str]:
     return problems
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write one file that a reader sees whole or, after a kill, as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, hex, read in blocks."""
     digest = hashlib.sha256()

@@ -157,6 +157,7 @@ def _measure_one(
 ) -> "ModelResult":
     """The stored result when it belongs to this model, these options and this text; otherwise a new one."""
     from t2r.model import describe
+    from t2r.publish import write_whole
     from t2r_evals import EvaluationOptions, ModelResult, evaluate
 
     options = EvaluationOptions(
@@ -187,9 +188,7 @@ def _measure_one(
         folder=folder.evaluation / f"{name.replace(' ', '-')}-{key[:12]}" if options.suites or options.tasks else None,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, "result": result.model_dump(mode="json")}))
-    partial.replace(file)
+    write_whole(file, json.dumps({"key": key, "result": result.model_dump(mode="json")}))
     return result
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from t2r.errors import InputError
-from t2r.publish import verify_manifest
+from t2r.publish import verify_manifest, write_whole
 from t2r.recipe.loader import parse_recipe
 from t2r.recipe.schema import Recipe, dump
 
@@ -65,9 +65,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.path}: output cannot be made there ({error.strerror})") from None
-        staging = self.recipe_file.with_suffix(".yaml.partial")
-        staging.write_text(dump(self.recipe))
-        staging.replace(self.recipe_file)
+        write_whole(self.recipe_file, dump(self.recipe))
 
     def _settled(self, recipe: Recipe) -> dict[str, Any]:
         """What the outputs already in the folder depend on."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2r.publish import CONFIG, MANIFEST, publish, sha256_file, verify_manifest
+from t2r.publish import CONFIG, MANIFEST, publish, sha256_file, verify_manifest, write_whole
 from t2r.recipe import Recipe, StageFolder, dump
 from t2r.train.trainer import save_weights
 
@@ -60,9 +60,7 @@ def _origin(before: Path) -> dict[str, str]:
 
 def write_summary(place: StageFolder, summary: dict[str, Any]) -> None:
     """stage.json, written whole or not at all."""
-    partial = place.summary.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.replace(place.summary)
+    write_whole(place.summary, json.dumps(summary, indent=1) + "\n")
 
 
 def device_name(device: torch.device) -> str:
