@@ -133,7 +133,7 @@ def test_a_students_own_mixer_can_be_exported(t2r, hosts, tmp_path):
     convert(source, tmp_path / "student", mixers=parse_options({"name": "gsa", "style": "paper", "slots": 16}))
     assert t2r("export", tmp_path / "student", tmp_path / "fla", "--format", "fla").code == 0
     found = json.loads(t2r("info", tmp_path / "fla", "--json").out)
-    assert found["mixers"][0] == {"name": "gsa", "style": "paper", "slots": 16, "tau": 8.0}
+    assert found["mixers"][0] == {"name": "gsa", "style": "paper", "slots": 16, "tau": 8.0, "norm_eps": None}
 
 
 def test_the_checkpoints_mixer_may_be_named_but_not_changed(t2r, tmp_path):

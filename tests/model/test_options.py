@@ -1,5 +1,7 @@
 """Mixers' options and the layers they are for."""
 
+import json
+
 import pytest
 
 from t2r.errors import InputError
@@ -22,12 +24,30 @@ from t2r.model import assign_mixers, parse_layers, parse_options, student_config
         ({"name": "gsa", "clock_amplitude": float("nan")}, "clock_amplitude"),
         ({"name": "gsa", "half_lives": [9, 3]}, "half_lives"),
         ({"name": "softmax", "sinks": 2}, "needs a window"),
+        ({"name": "gsa", "norm_eps": 1e-5}, "not an option of style transfer"),
+        ({"name": "gsa", "style": "paper", "norm_eps": 0}, "norm_eps"),
+        ({"name": "gsa", "slots": True}, "slots: Input should be a valid integer"),
+        ({"name": "gsa", "slots": "16"}, "slots: Input should be a valid integer"),
+        ({"name": "gsa", "slots": 16.0}, "slots: Input should be a valid integer"),
+        ({"name": "gsa", "clock_amplitude": True}, "clock_amplitude: Input should be a valid number"),
+        ({"name": "gsa", "clock_amplitude": "8"}, "clock_amplitude: Input should be a valid number"),
+        ({"name": "gsa", "half_lives": ["3", "9"]}, "half_lives.0: Input should be a valid number"),
+        ({"name": "hybrid", "recurrent": {"name": "gsa", "slots": "8"}}, "slots: Input should be a valid integer"),
+        ({"name": "hybrid", "recurrent": {"name": "gla", "layers": "1"}}, "the hybrid's own layers"),
+        ({"name": "gsa", "layers": True}, "layers: Input should be a valid string"),
     ],
 )
 def test_bad_options_are_told_in_one_line(options, told):
     with pytest.raises(InputError, match=told) as caught:
         parse_options(options)
     assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_stand_for_floats_and_lists_for_tuples():
+    stored = parse_options({"name": "gsa", "clock_amplitude": 4, "half_lives": [3, 9], "layers": 2}).stored()
+    assert (stored["clock_amplitude"], stored["half_lives"]) == (4.0, [3.0, 9.0])
+    assert parse_options(json.loads(json.dumps(stored))).stored() == stored
+    assert assign_mixers(parse_options({"name": "retnet", "layers": 2}), 3)[:2] == [None, None]
 
 
 def test_stored_options_are_complete_and_stable(students, mixer):

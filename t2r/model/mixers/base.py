@@ -1,10 +1,10 @@
 """What every mixer is: options, a module built from the host's attention, a state of constant size."""
 
 import difflib
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -15,13 +15,23 @@ Rotary = tuple[Tensor, Tensor]
 States = tuple[Tensor, ...]
 
 
-class MixerOptions(BaseModel):
-    """Options of a mixer; each kind adds its own. In a recipe they also say which layers they are for."""
+def _one_layer(value: Any) -> Any:
+    """YAML reads `layers: 5` as a number."""
+    return str(value) if type(value) is int else value
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+class MixerOptions(BaseModel):
+    """Options of a mixer; each kind adds its own. In a recipe they also say which layers they are for.
+
+    Types are strict (true is no number, "16" no integer); an integer may stand for a float.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str
-    layers: str = Field("all", description='"all", "0,2,5-9" or "all except 2,5"')
+    layers: Annotated[str, BeforeValidator(_one_layer)] = Field(
+        "all", description='"all", "0,2,5-9" or "all except 2,5"'
+    )
 
     def stored(self) -> dict[str, Any]:
         """What the student's configuration keeps for one layer: everything but `layers`, in JSON's types."""

@@ -2,11 +2,11 @@
 attention over sinks and a window, and `paper`."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -15,6 +15,12 @@ from t2r.model.sequence import SequenceInfo
 from t2r_kernels import gsa, gsa_step
 
 TRANSFER_ONLY = ("sinks", "ring", "clock_amplitude", "sink_amplitude", "half_lives")
+PAPER_ONLY = ("tau", "norm_eps")
+
+
+def _as_tuple(value: Any) -> Any:
+    """YAML and JSON have lists alone."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 class GSAOptions(MixerOptions):
@@ -29,10 +35,11 @@ class GSAOptions(MixerOptions):
     # the exact window, and the gates keep a gradient. A sink has to last as long as the sequence.
     clock_amplitude: float = Field(8.0, ge=0.0, le=80.0, description="how firmly the clock sets the gates (transfer)")
     sink_amplitude: float = Field(16.0, ge=0.0, le=80.0, description="the same for the sinks (transfer)")
-    half_lives: tuple[float, float] = Field(
+    half_lives: Annotated[tuple[float, float], BeforeValidator(_as_tuple)] = Field(
         (32.0, 2048.0), description="shortest and longest half-life of the long-lived slots, in tokens (transfer)"
     )
     tau: float = Field(8.0, gt=0.0, description="divisor of the logarithm of the gate (paper)")
+    norm_eps: float | None = Field(None, gt=0.0, description="of the output's norm; the host's rms_norm_eps (paper)")
 
     @model_validator(mode="before")
     @classmethod
@@ -40,7 +47,7 @@ class GSAOptions(MixerOptions):
         if not isinstance(values, dict):
             return values
         paper = values.get("style") == "paper"
-        if foreign := [key for key in (TRANSFER_ONLY if paper else ("tau",)) if key in values]:
+        if foreign := [key for key in (TRANSFER_ONLY if paper else PAPER_ONLY) if key in values]:
             raise ValueError(f"{', '.join(foreign)}: not an option of style {'paper' if paper else 'transfer'}")
         slots, sinks = values.get("slots", 64), values.get("sinks", 4)
         if not paper and values.get("ring") is None and isinstance(slots, int) and isinstance(sinks, int):
@@ -57,7 +64,7 @@ class GSAOptions(MixerOptions):
 
     def stored(self) -> dict[str, Any]:
         """As `MixerOptions.stored`, without the other style's options."""
-        foreign = TRANSFER_ONLY if self.style == "paper" else ("tau",)
+        foreign = TRANSFER_ONLY if self.style == "paper" else PAPER_ONLY
         return {key: value for key, value in super().stored().items() if key not in foreign}
 
 
@@ -85,7 +92,8 @@ class GSAMixer(RecurrentMixer):
         gates = (self.heads, options.slots)
         self.gate_proj = nn.Linear(config.hidden_size, math.prod(gates), bias=False)
         if options.style == "paper":
-            self.g_norm = nn.RMSNorm(self.query_heads * self.head_dim, eps=config.rms_norm_eps)
+            eps = config.rms_norm_eps if options.norm_eps is None else options.norm_eps
+            self.g_norm = nn.RMSNorm(self.query_heads * self.head_dim, eps=eps)
             self.scaling = 1.0
         else:
             # apart from gate_proj, so that they are added in float32 however low the weights' precision is

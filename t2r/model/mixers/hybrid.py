@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -51,6 +51,12 @@ class HybridOptions(MixerOptions):
     recurrent: Annotated[GSAOptions | GLAOptions, Field(discriminator="name", default_factory=lambda: GSAOptions())]
     window: int = Field(64, ge=1, description="how many last tokens the softmax sees")
     sinks: int = Field(4, ge=0, description="how many first tokens it sees besides")
+
+    @model_validator(mode="after")
+    def _fit(self) -> "HybridOptions":
+        if self.recurrent.layers != "all":
+            raise ValueError(f"recurrent.layers {self.recurrent.layers!r}: the hybrid's own layers say where it is")
+        return self
 
     def stored(self) -> dict[str, Any]:
         """As `MixerOptions.stored`, with the recurrence's own stored options."""
