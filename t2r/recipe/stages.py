@@ -77,6 +77,10 @@ class BaseStage(Section):
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     clip: Positive | None = Field(default=1.0, description="largest gradient norm; null: no clipping")
     gradient_checkpointing: bool = False
+    fused: bool = Field(
+        default=True,
+        description="norms and activations by liger-kernel, where it is installed and a GPU trains; the log says so",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="bf16: fp32 weights, forward and backward in bf16"
     )

@@ -56,8 +56,13 @@ class Objective:
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """The last hidden states of a causal language model, [B*T, hidden]."""
-    output = model.model(**{name: batch[name] for name in _PLACE}, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
+    inputs = {name: batch[name] for name in _PLACE}
+    device = batch["input_ids"].device.type
+    if torch.is_autocast_enabled(device):
+        # autocast passes over embeddings: float32 ones would keep the whole residual stream in float32
+        embedded = model.model.embed_tokens(inputs.pop("input_ids"))
+        inputs["inputs_embeds"] = embedded.to(torch.get_autocast_dtype(device))
+    return model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def token_loss(student: Any, batch: Batch) -> Tensor:

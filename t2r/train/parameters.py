@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from t2r.errors import InputError
 from t2r.model.mixers import Mixer
 from t2r.recipe import AlignStage, Stage
 from t2r.recipe.stages import Lora
+from t2r.train.fused import fuse
 
 # A firm gate has a small slope (sigmoid'(8) = 3e-4), and AdamW's usual eps would drown the gradients behind it.
 ADAM_EPS = {"new": 1e-15, "mixer": 1e-8, "rest": 1e-8}
@@ -37,6 +39,44 @@ def freeze(student: nn.Module, stage: Stage) -> None:
         raise InputError("stages: align needs a student with mixers; every layer of this one keeps its attention")
     if not any(p.requires_grad for p in student.parameters()):
         raise InputError(f"stages: train: {stage.train} finds no parameters; these mixers add none")
+
+
+def make_trainable(student: Any, stage: Stage, base: str, device: torch.device) -> Any:
+    """The student, or its peft wrapper, ready for a stage on `device`.
+
+    Everything that a stage decides about the model itself happens here: what is trained, the precision of what is
+    not, gradient checkpointing, fused kernels, the adapter.
+
+    Args:
+        student: in float32.
+        base: the folder of the student, kept in an adapter's configuration.
+
+    Raises:
+        InputError: as `freeze` and `add_adapter`.
+    """
+    if stage.gradient_checkpointing and not isinstance(stage, AlignStage):
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if stage.fused:
+        fuse(student, device)
+    if stage.adapter is None:
+        freeze(student, stage)
+    else:
+        student = add_adapter(student, stage.adapter, base)
+    if stage.precision == "bf16":
+        _lower_frozen(student)
+    return student
+
+
+def _lower_frozen(model: nn.Module) -> None:
+    """Hold the frozen matrices in bfloat16, in which autocast would compute with them anyway: the same results from
+    half the memory and without a copy in every pass."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+        if hasattr(module, "lora_A"):
+            # Else peft makes a float32 copy of every input, which autocast turns back.
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def optimizer_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:

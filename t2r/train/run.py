@@ -21,7 +21,7 @@ from t2r.train.documents import Source, open_source, read_documents
 from t2r.train.objectives import make_objective
 from t2r.train.outputs import device_name, is_current, publish_student, versions, write_summary
 from t2r.train.packing import Batches, Loader, PackedRows, State, validation_windows
-from t2r.train.parameters import add_adapter, freeze
+from t2r.train.parameters import make_trainable
 from t2r.train.progress import ProgressCallback
 from t2r.train.signals import StopSignal
 from t2r.train.trainer import StageTrainer, save_weights
@@ -144,7 +144,7 @@ class _StageRun:
         if self.args.process_index == 0:
             progress = ProgressCallback(stage, self.place.log, title=self.place.path.name, step=step)
         objective = make_objective(stage, teacher)
-        model = self._trainable(student, before)
+        model = make_trainable(student, stage, str(before), self.args.device)
         with objective.installed(student):
             trainer = StageTrainer(
                 model,
@@ -172,15 +172,6 @@ class _StageRun:
             broadcast_object_list(found)
         return found[0], checkpoints.step_of(found[0]) if found[0] else 0
 
-    def _trainable(self, student: Any, before: Path) -> Any:
-        stage = self.stage
-        if stage.adapter is None:
-            freeze(student, stage)
-        if stage.gradient_checkpointing and not isinstance(stage, AlignStage):
-            enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        return student if stage.adapter is None else add_adapter(student, stage.adapter, str(before))
-
     def _loader(self, source: Source, tokenizer: Any, state: State | None) -> Loader:
         data = self.recipe.data
         rows = PackedRows(
@@ -207,7 +198,9 @@ class _StageRun:
         if self.stage.adapter is not None:
             with publish(self.place.adapter, overwrite=True) as staging:
                 save_weights(model, staging)
-            model = model.merge_and_unload()
+            model = _merged(before, self.place.adapter)
+        elif not all(parameter.requires_grad for parameter in model.parameters()):
+            model, sharded = _with_frozen(before, model, sharded), None
         tokens = self.stage.steps * self.stage.batch_tokens
         summary = {
             "kind": self.stage.kind,
@@ -224,6 +217,24 @@ class _StageRun:
         places = RunFolder(self.recipe).stages
         done = places[: [place.path for place in places].index(self.place.path) + 1]
         publish_student(model, before, self.place.model, recipe=self.recipe, stages=done, state_dict=sharded)
+
+
+def _merged(before: Path, adapter: Path) -> Any:
+    """The student in float32 with an adapter merged into it; in training its matrices may be lower."""
+    from peft import PeftModel
+
+    student, _ = load(before, dtype=torch.float32, device="cpu")
+    return PeftModel.from_pretrained(student, adapter).merge_and_unload()
+
+
+def _with_frozen(before: Path, model: Any, sharded: dict[str, torch.Tensor] | None) -> Any:
+    """The student in float32: what `model` trained, the rest as it was before; in training that may be lower."""
+    student, _ = load(before, dtype=torch.float32, device="cpu")
+    state = model.state_dict() if sharded is None else sharded
+    trained = {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unexpected = student.load_state_dict(trained, strict=False).unexpected_keys
+    assert not unexpected, unexpected
+    return student
 
 
 def _publish_final(recipe: Recipe, folder: RunFolder) -> None:

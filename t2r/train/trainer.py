@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import AutocastKwargs, broadcast_object_list
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -66,6 +66,8 @@ class StageTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
         self._checked_step = -1
+        # Every weight is used once in a pass. A cache would only keep the bf16 copies of all of them until its end.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
     # ---- optimiser and schedule
 
