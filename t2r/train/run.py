@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 from t2r.errors import InputError
 from t2r.model import load
 from t2r.publish import CONFIG, publish
-from t2r.recipe import AlignStage, FinetuneStage, Recipe, RunFolder, Stage, StageFolder
+from t2r.recipe import FinetuneStage, Recipe, RunFolder, Stage, StageFolder
 from t2r.resources import resolve
 from t2r.train import checkpoints
 from t2r.train.arguments import processes, training_arguments
