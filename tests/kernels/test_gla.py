@@ -15,10 +15,11 @@ FLOAT32 = 2e-5
 
 
 def gla_inputs(
-    side, gate, seed, *, tokens=0, documents=None, heads=2, group=2, dim_k=8, dim_v=12, write=True, dtype=torch.float32
-):
+    side, gate, seed, *, tokens=0, documents=None, batch=2, heads=2, group=2, dim_k=8, dim_v=12, write=True,
+    dtype=torch.float32,
+):  # fmt: skip
     """q, k, v, the log gate and write weights of the gated side, and an initial state in float32."""
-    batch, tokens = (2, tokens) if documents is None else (1, sum(documents))
+    batch, tokens = (batch, tokens) if documents is None else (1, sum(documents))
     gated = {"key": (dim_k,), "value": (dim_v,)}.get(side, ())
     shapes = {
         "q": (batch, tokens, heads * group, dim_k),

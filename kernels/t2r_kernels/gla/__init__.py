@@ -10,6 +10,7 @@ from .chunk import gla_chunk
 from .naive import gla_naive, gla_step_torch
 
 GATES = ("key", "value", "scalar", None)
+WIDEST = 256  # D and V of the Triton kernels
 
 
 def gla(
@@ -58,7 +59,7 @@ def gla(
     dispatch.check_sequences("gla", q, k, v)
     sequences = dispatch.count_sequences("gla", k, cu_seqlens)
     _check_gate("gla", gate, q, k, v, log_decay, write, initial_state, sequences)
-    chosen = dispatch.choose("gla", backend, (q, k, v))
+    chosen = _choose(backend, q, k, v)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     run = {"naive": gla_naive, "torch": gla_chunk, "triton": _gla_triton}[chosen]
     with dispatch.without_autocast(q.device):
@@ -109,6 +110,18 @@ def gla_step(
     with dispatch.without_autocast(q.device):
         run = _gla_step_triton if chosen == "triton" else gla_step_torch
         return run(q, k, v, log_decay, state, gate, write, scale)
+
+
+def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """As `dispatch.choose`; the kernels hold all of one side of the state, so its width is limited."""
+    chosen = dispatch.choose("gla", backend, (q, k, v))
+    if chosen == "triton" and max(k.shape[-1], v.shape[-1]) > WIDEST:
+        reason = f"D and V must be at most {WIDEST}, are {k.shape[-1]} and {v.shape[-1]}"
+        if backend == "triton":
+            raise ValueError(f"gla: backend='triton' cannot run: {reason}")
+        dispatch.say_once(f"gla: torch runs instead of triton, much slower: {reason}")
+        return "torch"
+    return chosen
 
 
 def _gla_triton(*args):

@@ -1,0 +1,116 @@
+"""What is read: a program walks one chunk from the state at its start, tile by tile, with the state in registers.
+
+`plain_kernel` reads into the plain side (o for a gate on the key side; dq for one on the value side), `gated_kernel`
+into the gated side (o for a gate on the value side). Both serve all query heads of a group from one state.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...gsa.triton.common import Chunks, chunk_range, dot, load_rows, pairs_at, prefix_decay, row_offsets, split
+from ...gsa.triton.common import suffix_decay as suffix
+from .common import Plan, load_gate, load_state, load_written, pad, pair_scores, tile_decays, to_rows
+
+STATE = 16384  # elements of the state in one program: 64 KiB of registers
+
+
+@triton.jit
+def plain_kernel(
+    r, y, x, write, gate, states, out, bounds, T, NC, H, HQ, G, scale,
+    R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
+    C: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
+    PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
+    PREC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """out [rows, X] of one (chunk, head), slice of columns and tile of the group: dL/dp."""
+    c = tl.program_id(0) // H
+    h = tl.program_id(0) - c * H
+    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    if stop <= start:
+        return
+    d = tl.arange(0, BR)
+    e = tl.program_id(1) * BX + tl.arange(0, BX)
+    state = load_state(states, c, h, H, d, e, R, X)
+    for tile in range(((stop - start + SUB - 1) // SUB).to(tl.int32)):
+        first = start + tile * SUB
+        token = first + tl.arange(0, SUB)
+        t, row, valid = row_offsets(first, stop, h, tl.program_id(2) * BG, HQ, G, SUB, BG)
+        rb = load_rows(r, row, valid, R, d, CT)
+        yb = load_written(y, write, first, stop, h, H, d, R, SUB, KIND, WEIGHTED)
+        xb = load_rows(x, token * H + h, token < stop, X, e, CT)
+        g = load_gate(gate, first, stop, h, H, d, R, SUB, KIND)
+        before, after, total = tile_decays(g, LOG_SUB, KIND, SPLIT, EXACT)
+        ob = dot(rb.to(tl.float32) * to_rows(before, BG), state, CT, PREC)
+        a = pair_scores(rb, yb, g, t, LOG_SUB, BG, KIND, CT, SPLIT, PREC, EXACT)
+        ob += dot(a, xb, CT, PREC)
+        tl.store(out + row[:, None] * X + e[None, :], ob * scale, mask=valid[:, None] & (e < X)[None, :])
+        state = state * total[:, None] + dot(tl.trans((yb * after).to(CT)), xb, CT, PREC)
+
+
+@triton.jit
+def gated_kernel(
+    p, y, x, write, gate, states, out, bounds, T, NC, H, HQ, G, scale,
+    R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
+    C: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
+    PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
+    PREC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """out [rows, R] of one (chunk, head), slice of the gated side and tile of the group: dL/dr."""
+    c = tl.program_id(0) // H
+    h = tl.program_id(0) - c * H
+    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, SUB)
+    d = tl.program_id(1) * BR + tl.arange(0, BR)
+    e = tl.arange(0, BX)
+    state = load_state(states, c, h, H, d, e, R, X)
+    for tile in range(((stop - start + SUB - 1) // SUB).to(tl.int32)):
+        first = start + tile * SUB
+        token = first + i
+        t, row, valid = row_offsets(first, stop, h, tl.program_id(2) * BG, HQ, G, SUB, BG)
+        pb = load_rows(p, row, valid, X, e, CT)
+        yb = load_written(y, write, first, stop, h, H, d, R, SUB, KIND, WEIGHTED)
+        xb = load_rows(x, token * H + h, token < stop, X, e, CT)
+        g = load_gate(gate, first, stop, h, H, d, R, SUB, KIND)
+        before, after, total = tile_decays(g, LOG_SUB, KIND, SPLIT, EXACT)
+        ob = dot(pb, tl.trans(state.to(CT)), CT, PREC) * to_rows(before, BG)
+        b = dot(pb, tl.trans(xb), CT, PREC)
+        ob += dot(tl.where(t[:, None] == i[None, :], b, 0.0), yb, CT, PREC)
+        high, low = split(g, SPLIT)
+        for level in tl.static_range(LOG_SUB):
+            left = yb * suffix(i, high, low, level, SPLIT, EXACT)
+            right = to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
+            ob += dot(tl.where(pairs_at(t, i, level), b, 0.0), left, CT, PREC) * right
+        tl.store(out + row[:, None] * R + d[None, :], ob * scale, mask=valid[:, None] & (d < R)[None, :])
+        state = state * total[:, None] + dot(tl.trans((yb * after).to(CT)), xb, CT, PREC)
+
+
+def _launch(kernel, a, y, x, write, gate, states, out, scale, plan: Plan, chunks: Chunks, chunk: int, slices, widths):
+    kernel[(chunks.count * plan.heads, slices, plan.group_tiles)](
+        a, y, x, write, gate, states, out, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,
+        plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, *widths, **plan.options(chunks, write),
+        num_warps=8 if widths[0] * widths[1] > 8192 or plan.tile * plan.group_block > 64 else 4,
+        num_stages=1 if plan.numerics.store == torch.float32 else 2,
+    )  # fmt: skip
+
+
+def read_plain(r, y, x, write, gate, states, scale, plan: Plan, chunks: Chunks, chunk: int) -> torch.Tensor:
+    """[B, T, HQ, X] in r's dtype: scale * sum over i <= t of (r_t . D(i, t) w_i y_i) x_i, from `states` on."""
+    out = torch.empty(*r.shape[:3], plan.X, dtype=r.dtype, device=r.device)
+    width = plan.width(plan.X, plan.R, STATE)
+    widths = (pad(plan.R), width)
+    slices = triton.cdiv(plan.X, width)
+    _launch(plain_kernel, r, y, x, write, gate, states, out, scale, plan, chunks, chunk, slices, widths)
+    return out
+
+
+def read_gated(p, y, x, write, gate, states, scale, plan: Plan, chunks: Chunks, chunk: int) -> torch.Tensor:
+    """[B, T, HQ, R] in p's dtype: scale * sum over i <= t of (p_t . x_i) D(i, t) w_i y_i, from `states` on."""
+    out = torch.empty(*p.shape[:3], plan.R, dtype=p.dtype, device=p.device)
+    width = plan.width(plan.R, plan.X, STATE)
+    widths = (width, pad(plan.X))
+    slices = triton.cdiv(plan.R, width)
+    _launch(gated_kernel, p, y, x, write, gate, states, out, scale, plan, chunks, chunk, slices, widths)
+    return out
