@@ -45,7 +45,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Convert SRC, a folder or Hub id of a Mistral, Llama, Qwen2 or Qwen3 checkpoint, and publish it as folder DST.
-    A GSA checkpoint of flash-linear-attention is read as what it is: mixer gsa, style paper.
+    A GSA, GLA or ABC checkpoint of flash-linear-attention is read as the mixer it holds.
 
     The plan is made from config.json, the index and the file headers alone; then tensors are streamed, verified and
     published all at once. DST may be left out with --dry-run.

@@ -14,7 +14,8 @@ import click
     type=click.Choice(["hf", "fla"]),
     default="hf",
     show_default=True,
-    help="hf: a LoRA adapter merged into its student; fla: a student of style paper as flash-linear-attention has it.",
+    help="hf: a LoRA adapter merged into its student; fla: a student as flash-linear-attention has it (mixer gsa of "
+    "style paper, gla or abc).",
 )
 @click.option("--base", metavar="DIR", help="The student of an adapter, when it was moved since.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that t2r wrote before.")

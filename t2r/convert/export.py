@@ -15,8 +15,6 @@ from t2r.convert.source import open_checkpoint
 from t2r.errors import InputError
 from t2r.publish import PENDING_CONFIG, publish
 
-_NOTE = "Written in the format of flash-linear-attention (GSAForCausalLM)."
-
 
 def export_to_fla(
     source: str,
@@ -26,7 +24,7 @@ def export_to_fla(
     overwrite: bool = False,
     command: Sequence[str] | None = None,
 ) -> None:
-    """Publish a student of style `paper` as a GSA checkpoint of flash-linear-attention; every tensor is copied.
+    """Publish a student as a GSA, GLA or ABC checkpoint of flash-linear-attention; every tensor is copied.
 
     Args:
         source: a student's folder.
@@ -34,7 +32,7 @@ def export_to_fla(
         max_shard_size, overwrite, command: as in t2r.convert.convert.
 
     Raises:
-        InputError: a student that fla's GSA model cannot express, or a broken checkpoint.
+        InputError: a student that none of fla's models can express, or a broken checkpoint.
     """
     check_destination(source, destination, overwrite=overwrite)
     student = open_checkpoint(source)
@@ -45,9 +43,9 @@ def export_to_fla(
     written = fla.write_config(config, path)
     tensors = []
     for name, tensor in student.tensors.items():
-        theirs = fla.fla_name(name)
+        theirs = fla.fla_name(name, written["model_type"])
         if theirs is None:
-            raise InputError(f"{tensor.file}: tensor {name} has no place in fla's GSA model")
+            raise InputError(f"{tensor.file}: tensor {name} has no place in fla's {written['model_type']} model")
         tensors.append(TensorPlan(theirs, "copied", tensor.dtype, tensor.shape, tensor))
     shards = group_into_shards(tensors, parse_size(max_shard_size))
     check_space(destination, sum(t.nbytes for t in tensors), student.copied_files())
@@ -56,7 +54,8 @@ def export_to_fla(
         sums.update(write_weights(shards, staging, _Nothing()))
         for file in student.copied_files():
             shutil.copyfile(file, staging / file.name)
-        write_export_card(student, staging, _NOTE, command)
+        note = f"Written in the format of flash-linear-attention ({written['architectures'][0]})."
+        write_export_card(student, staging, note, command)
         write_json(staging / PENDING_CONFIG, written)
 
 

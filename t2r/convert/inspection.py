@@ -57,7 +57,7 @@ def read_any_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     host = HOSTS.get(model_type.removeprefix("t2r_"))
     if host is None:
         path = checkpoint.folder / "config.json"
-        known = f"{', '.join(HOSTS)}, their students, and fla's {fla.MODEL_TYPE}"
+        known = f"{', '.join(HOSTS)}, their students, and fla's {', '.join(fla.MODEL_TYPES)}"
         raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported are {known}")
     config = build_config(host.student_config if model_type.startswith("t2r_") else host.config, raw, checkpoint)
     dtype = str(raw.get("dtype") or raw.get("torch_dtype"))

@@ -116,7 +116,7 @@ def make_plan(
     Args:
         source: a local folder or a Hub id.
         mixers: what replaces attention, in which layers (t2r.model.mixers). None: `gsa` with its defaults, or the
-            mixer that a GSA checkpoint of fla comes with.
+            mixer that a checkpoint of fla comes with.
         dtype: of the student's weights: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_size: a number of bytes, or text such as "5GB" or "500MB" (powers of ten).
         seed: of the new tensors' initial values.
@@ -172,7 +172,7 @@ def _read(
     host, own = fla.read_config(checkpoint)
     entries = assign_mixers(own, host.num_hidden_layers)
     if mixers is not None and assign_mixers(mixers, host.num_hidden_layers) != entries:
-        raise InputError(f"{path}: a GSA checkpoint of fla has its mixer already ({entries[0]}); ask for no other")
+        raise InputError(f"{path}: a checkpoint of fla has its mixer already ({entries[0]}); ask for no other")
     return fla.read_tensors(checkpoint, host.num_hidden_layers), host, entries, []
 
 

@@ -32,6 +32,7 @@ MIXERS = {
     "linear-hedgehog": {"name": "linear", "map": "hedgehog"},
     "linear-supra": {"name": "linear", "map": "supra"},
     "abc": {"name": "abc", "slots": 8},
+    "abc-gated": {"name": "abc", "slots": 8, "clamp": 2.0, "output_gate": True},
     "hybrid-gsa": {"name": "hybrid", "sinks": 1, "window": 4, "recurrent": {"name": "gsa", "slots": 8}},
     "hybrid-gla": {"name": "hybrid", "sinks": 1, "window": 4, "recurrent": {"name": "gla", "gate": "pooled"}},
     "one-per-layer": [

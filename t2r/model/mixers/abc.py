@@ -21,6 +21,8 @@ class ABCOptions(MixerOptions):
 
     name: Literal["abc"] = "abc"
     slots: int = Field(64, ge=1, le=4096)
+    clamp: float | None = Field(None, gt=0.0, description="a is kept within plus and minus this")
+    output_gate: bool = Field(False, description="RMSNorm per head and a swish gate from x before o_proj")
 
 
 class ABCMixer(RecurrentMixer):
@@ -29,6 +31,9 @@ class ABCMixer(RecurrentMixer):
 
     As a recurrence: alpha_t = Z_{t-1} / Z_t with Z_t = sum_{i <= t} exp(a_i). The running log Z [B, H, M] is the third
     state, so that decoding continues it.
+
+    With `output_gate`, o becomes RMSNorm(o) * swish(U x) per query head. fla's layer has that always, and clamp 32:
+    gate_proj is its s_proj, g_proj and g_norm have its names.
     """
 
     options_class: ClassVar[type[MixerOptions]] = ABCOptions
@@ -36,27 +41,39 @@ class ABCMixer(RecurrentMixer):
     def __init__(self, attention: nn.Module, config: PreTrainedConfig, options: ABCOptions, layer_idx: int) -> None:
         super().__init__(attention, config, options, layer_idx)
         self.gate_proj = nn.Linear(config.hidden_size, self.heads * options.slots, bias=False)
+        if options.output_gate:
+            self.g_proj = nn.Linear(config.hidden_size, self.query_heads * self.head_dim, bias=False)
+            self.g_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """W normal."""
-        shape = (self.heads * self.options.slots, self.config.hidden_size)
-        std = self.config.initializer_range
-        return {"gate_proj.weight": torch.empty(shape, device="cpu").normal_(std=std, generator=generator)}
+        """W and U normal, the norm's weight 1."""
+        rows = {"gate_proj.weight": self.heads * self.options.slots}
+        if self.options.output_gate:
+            rows["g_proj.weight"] = self.query_heads * self.head_dim
+        width, std = self.config.hidden_size, self.config.initializer_range
+        values = {
+            name: torch.empty(count, width, device="cpu").normal_(std=std, generator=generator)
+            for name, count in rows.items()
+        }
+        return values | ({"g_norm.weight": torch.ones(self.head_dim, device="cpu")} if "g_proj.weight" in rows else {})
 
     def inputs(
         self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, info: SequenceInfo
     ) -> States:
-        """q, k, v and a [B, T, H, M]."""
+        """q, k, v, a [B, T, H, M] and, with an output gate, U x [B, T, HQ, V]."""
         a = self.gate_proj(hidden_states).float().unflatten(-1, (self.heads, -1))
+        if self.options.clamp is not None:
+            a = a.clamp(-self.options.clamp, self.options.clamp)
         if info.mask is not None:
             a = a.masked_fill(~info.mask[:, :, None, None], _PADDING)
-        return *rotate(q, k, rotary), v, a
+        gate = (self.g_proj(hidden_states).unflatten(-1, q.shape[2:]),) if self.options.output_gate else ()
+        return *rotate(q, k, rotary), v, a, *gate
 
     def scan(
         self, inputs: States, state: States | None, output_final_state: bool, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, States | None]:
         """As `RecurrentMixer.scan`."""
-        q, k, v, a = inputs
+        q, k, v, a, *gate = inputs
         before, total = running_total(a, None if state is None else state[2], cu_seqlens)
         o, final = gsa(
             q,
@@ -68,15 +85,18 @@ class ABCMixer(RecurrentMixer):
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
         )
-        return o, None if final is None else (*final, total)
+        return self._gated(o, *gate), None if final is None else (*final, total)
 
     def step(self, inputs: States, state: States) -> Tensor:
         """As `RecurrentMixer.step`."""
-        q, k, v, a = inputs
+        q, k, v, a, *gate = inputs
         keys, values, total = state
         o = gsa_step(q, k, v, F.logsigmoid(total - a), (keys, values), scale=self.scaling)
         total.copy_(torch.logaddexp(total, a))
-        return o
+        return self._gated(o, *gate)
+
+    def _gated(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+        return o if gate is None else self.g_norm(o) * F.silu(gate)
 
     @classmethod
     def state_shapes(cls, config: PreTrainedConfig, options: ABCOptions) -> list[tuple[int, ...]]:
