@@ -1,31 +1,43 @@
-"""Measure every mixer on the embedded teacher and print the table of docs/mixers.md.
+"""Measure every mixer and print the table of docs/mixers.md.
 
-    python docs/measure_mixers.py FOLDER [--only NAME ...] [--tokens 65536]
+    python docs/measure_mixers.py recovery FOLDER [--jobs 10] [--only NAME ...]   # the demo, with another mixer each
+    python docs/measure_mixers.py speed FOLDER [--only NAME ...]                  # one layer of a Mistral-7B; a GPU
+    python docs/measure_mixers.py table [FOLDER]                                  # what was measured, as Markdown
 
-Each mixer is converted and finetuned by the recipe of the demo with fewer tokens: --tokens to align, half of them to
-distill.
-FOLDER keeps the runs: a second call goes on where the first stopped.
+FOLDER keeps one JSON per mixer and measurement; what is there is not measured again. docs/mixers holds the published
+ones.
 """
 
 import argparse
 import json
+import os
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from transformers import MistralConfig
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
 from t2r.convert import convert
-from t2r.model import assign_mixers, describe, load, parse_options, student_config
+from t2r.model import StudentCache, assign_mixers, describe, load, parse_options, student_config
+from t2r.model.sequence import SequenceInfo
 from t2r.publish import CONFIG
 from t2r.recipe import RunFolder, load_recipe
 from t2r.resources import resolve
 from t2r.train import finetune
 from t2r.train.documents import read_documents
 from t2r_evals.language import measure
+from t2r_evals.provenance import machine, versions
 
+TEACHER = "the host's attention"
 MIXERS: dict[str, str] = {
+    TEACHER: "{name: softmax}",
     "softmax, sinks + window": "{name: softmax, sinks: 4, window: 60}",
     "gsa transfer": "{name: gsa}",
+    "gsa transfer, 96 slots": "{name: gsa, slots: 96}",
     "gsa transfer, half ring": "{name: gsa, ring: 30}",
     "gsa paper": "{name: gsa, style: paper}",
     "hybrid, gsa": "{name: hybrid}",
@@ -42,63 +54,186 @@ MIXERS: dict[str, str] = {
     "linear hedgehog": "{name: linear, map: hedgehog}",
     "linear supra": "{name: linear, map: supra}",
 }
+TRAINING, LONG = (16, 2048), (1, 32768)  # sequences and their tokens in one call
+DECODING = 16  # sequences in a step
 
 
-def size_at_7b(mixer: dict[str, Any]) -> tuple[int, int]:
-    """New parameters, and state bytes per sequence, of a Mistral-7B whose layers all have this mixer."""
+def sizes(name: str) -> tuple[int, int, int]:
+    """Of a Mistral-7B with the mixer in every layer: new parameters, state bytes of a sequence, and of each token."""
     host = MistralConfig(sliding_window=None, dtype="bfloat16")
-    told = describe(student_config(host, assign_mixers(parse_options(mixer), host.num_hidden_layers)))
-    return told["parameters"]["mixer"], told["state_bytes"]
+    options = parse_options(load_recipe("demo", [f"mixer={MIXERS[name]}"]).mixer[0].stored())
+    told = describe(student_config(host, assign_mixers(options, host.num_hidden_layers)))
+    return told["parameters"]["mixer"], told["state_bytes"], told["kv_bytes_per_token"]
 
 
-def language_loss(model: Path | str, recipe: Any) -> float:
-    """Mean loss on the validation windows, in nats per token."""
-    documents = read_documents(recipe.data.validation)
-    student, tokenizer = load(model, dtype="auto", device="auto")
-    result = measure(student, tokenizer, documents, windows=16, window=recipe.evaluate.window, batch_size=4)
-    return result.loss
-
-
-def run(name: str, mixer: str, folder: Path, tokens: int) -> dict[str, Any]:
-    """One mixer's row: {"mixer", "new", "state", "start", "end"}."""
-    stored = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-    if stored.is_file():
-        return json.loads(stored.read_text())
-    output = folder / stored.stem
-    silent = [f"stages.{i}.evaluate_every=null" for i in (0, 1)]
-    budget = [f"stages.0.tokens={tokens}", f"stages.1.tokens={tokens // 2}"]
-    recipe = load_recipe("demo", [f"mixer={mixer}", f"output={output}", *budget, *silent])
-    options = recipe.mixer[0]
+def recover(name: str, folder: Path) -> dict[str, Any]:
+    """Losses in nats, over all tokens and over far repeats, before and after the stages of the demo."""
+    overrides = [f"mixer={MIXERS[name]}", f"output={folder / slug(name)}"]
+    recipe = load_recipe("demo", overrides + [f"stages.{i}.evaluate_every=null" for i in (0, 1)])
+    source = resolve(recipe.model.source)
+    if name == TEACHER:
+        return {"start": language(source, recipe)}
     runs = RunFolder(recipe)
     runs.claim()
     if not (runs.converted / CONFIG).is_file():
-        source, dtype = resolve(recipe.model.source), recipe.model.dtype
+        dtype = recipe.model.dtype
         convert(source, runs.converted, mixers=recipe.mixer, dtype=dtype, seed=recipe.seed, command=["measure_mixers"])
-    start = language_loss(runs.converted, recipe)
-    end = language_loss(finetune(recipe), recipe)
-    new, state = size_at_7b(options.stored())
-    row = {"mixer": name, "new": new, "state": state, "start": start, "end": end}
-    stored.write_text(json.dumps(row))
-    return row
+    return {"start": language(runs.converted, recipe), "end": language(finetune(recipe), recipe)}
+
+
+def language(model: Path | str, recipe: Any) -> dict[str, float]:
+    """What the demo's evaluation finds."""
+    documents, asked = read_documents(recipe.data.validation), recipe.evaluate
+    student, tokenizer = load(model, dtype="auto", device="auto")
+    found = measure(student, tokenizer, documents, windows=asked.windows, window=asked.window, batch_size=8)
+    assert found.far_repeat_loss is not None
+    return {"loss": found.loss, "far_repeats": found.far_repeat_loss}
+
+
+def time_layer(name: str, folder: Path) -> dict[str, Any]:
+    """Milliseconds of the attention's or mixer's whole module, projections included, in bfloat16."""
+    host = MistralConfig(sliding_window=None, num_hidden_layers=1, vocab_size=64, dtype="bfloat16")
+    options = load_recipe("demo", [f"mixer={MIXERS[name]}"]).mixer
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(student_config(host, assign_mixers(options, 1)), dtype=torch.bfloat16)
+    found = {}
+    for (batch, length), key in ((TRAINING, "train"), (LONG, "train_long")):
+        try:
+            found[key] = milliseconds(training_step(model, batch, length))
+        except torch.cuda.OutOfMemoryError:
+            found[key] = None
+        torch.cuda.empty_cache()
+    return found | {"step": milliseconds(decoding_step(model, DECODING, TRAINING[1]), repeats=50)}
+
+
+def training_step(model: Any, batch: int, length: int) -> Callable[[], None]:
+    """Forward and backward of one layer's mixer over [batch, length] tokens."""
+    layer, arguments = model.model.layers[0].self_attn, call_arguments(model, batch, length, None)
+    x = torch.randn(batch, length, model.config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn_like(x)
+
+    def step() -> None:
+        model.zero_grad()
+        layer(hidden_states=x, **arguments)[0].backward(upstream)
+
+    return step
+
+
+def decoding_step(model: Any, batch: int, length: int) -> Callable[[], None]:
+    """One token for each of `batch` sequences, after `length` tokens."""
+    config, layer = model.config, model.model.layers[0].self_attn
+    cache = DynamicCache(config=config) if config.mixers == [None] else StudentCache(config)
+    x = torch.randn(batch, length, config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(hidden_states=x, past_key_values=cache, **call_arguments(model, batch, length, None))
+    seen = torch.full((batch,), length, device="cuda")
+    arguments = call_arguments(model, batch, 1, seen)
+
+    @torch.no_grad()
+    def step() -> None:
+        layer(hidden_states=x[:, :1], past_key_values=cache, **arguments)
+
+    return step
+
+
+def call_arguments(model: Any, batch: int, length: int, seen: torch.Tensor | None) -> dict[str, Any]:
+    """What a student's model hands to its layers."""
+    info = SequenceInfo.build(batch, length, torch.device("cuda"), seen=seen)
+    rotary = model.model.rotary_emb(torch.empty(0, device="cuda", dtype=torch.bfloat16), info.position)
+    return {"position_embeddings": rotary, "attention_mask": None if model.config.mixers == [None] else info}
+
+
+def milliseconds(call: Callable[[], None], repeats: int = 10) -> float:
+    """Median time of a call on the GPU, after three to warm up."""
+    times = []
+    for _ in range(3 + repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[3:])
+
+
+def slug(name: str) -> str:
+    """A mixer's name as that of a file."""
+    return name.replace(" ", "-").replace(",", "").replace("'", "").replace("+", "and")
+
+
+def stored(kind: str, name: str, folder: Path) -> dict[str, Any]:
+    """The measurement `kind` of one mixer, taken now unless the folder has it."""
+    path = folder / f"{kind}-{slug(name)}.json"
+    if not path.is_file():
+        row = {"mixer": name, "machine": machine(), "versions": versions()}
+        row |= {"recovery": recover, "speed": time_layer}[kind](name, folder)
+        path.write_text(json.dumps(row, indent=1) + "\n")
+    return json.loads(path.read_text())
+
+
+def table(folder: Path) -> str:
+    """Everything that the folder holds."""
+    rows = {
+        kind: {name: json.loads(path.read_text()) for name in MIXERS if (path := found_path(kind, name, folder))}
+        for kind in ("recovery", "speed")
+    }
+    teacher = rows["recovery"].get(TEACHER, {}).get("start")
+    lines = [
+        "| mixer | new parameters | state, MiB | start | after the demo | far repeats: start | after the demo "
+        "| 16 x 2,048, ms | 1 x 32,768, ms | step, ms |",
+        "|---|" + "---:|" * 9,
+    ]
+    for name in MIXERS:
+        new, state, per_token = sizes(name)
+        cells = [f"{new / 1e6:.2f} M", f"{state / 2**20:.1f}" if not per_token else f"{per_token:,} B per token"]
+        losses = rows["recovery"].get(name, {})
+        for key in ("loss", "far_repeats"):
+            for when in ("start", "end"):
+                known = when in losses and teacher is not None and name != TEACHER
+                cells.append(f"+{losses[when][key] - teacher[key]:.3f}" if known else "")
+        times = rows["speed"].get(name, {})
+        for key in ("train", "train_long", "step"):
+            cells.append("" if key not in times else "no memory" if times[key] is None else f"{times[key]:.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    told = [f"Losses above the teacher's {teacher['loss']:.3f}, and {teacher['far_repeats']:.3f} on far repeats."]
+    for kind, found in rows.items():
+        where = {
+            f"{row['machine'].get('GPU') or row['machine']['processor']}, {row['machine']['cores']} CPU cores, torch "
+            f"{row['versions']['torch']}"
+            for row in found.values()
+        }
+        told += [f"{kind}: {' / '.join(sorted(where))}."]
+    return "\n".join([*lines, "", *told])
+
+
+def found_path(kind: str, name: str, folder: Path) -> Path | None:
+    """Where a measurement lies, or None."""
+    path = folder / f"{kind}-{slug(name)}.json"
+    return path if path.is_file() else None
 
 
 def main() -> None:
-    """Print the table."""
+    """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("kind", choices=["recovery", "speed", "table"])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "mixers")
     parser.add_argument("--only", nargs="+", choices=list(MIXERS), default=list(MIXERS))
-    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--jobs", type=int, default=1, help="mixers trained at the same time")
     arguments = parser.parse_args()
+    if arguments.kind == "table":
+        print(table(arguments.folder))
+        return
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    recipe = load_recipe("demo", [])
-    teacher = language_loss(resolve(recipe.model.source), recipe)
-    print(f"The teacher's loss: {teacher:.3f}\n")
-    print("| mixer | new parameters (7B) | state, MiB per sequence (7B) | loss at start | loss at end |")
-    print("|---|---|---|---|---|")
-    for name in arguments.only:
-        row = run(name, MIXERS[name], arguments.folder, arguments.tokens)
-        size = f"{row['new'] / 1e6:.2f} M | {row['state'] / 2**20:.1f}"
-        print(f"| {name} | {size} | {row['start']:.3f} | {row['end']:.3f} |", flush=True)
+    if arguments.kind == "speed":
+        for name in arguments.only:
+            print(stored("speed", name, arguments.folder), flush=True)
+        return
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        futures = [pool.submit(stored, "recovery", name, arguments.folder) for name in arguments.only]
+        for future in futures:
+            print(future.result(), flush=True)
 
 
 if __name__ == "__main__":
