@@ -1,9 +1,13 @@
 """t2r bench mqar: accuracy of small models on multi-query associative recall, by mixer and width."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from t2r_evals.mqar import MqarResult
 
 
 @click.command("mqar", short_help="Train small models on associative recall.")
@@ -16,22 +20,30 @@ import click
 @click.option("--vocabulary", type=int, default=8192, show_default=True)
 @click.option("--examples", "train_examples", type=int, default=100_000, show_default=True)
 @click.option("--epochs", type=int, default=64, show_default=True)
+@click.option("--minutes", type=float, help="Per model; anneals and ends there if that is before the last epoch.")
 @click.option("--batch-size", type=int, default=256, show_default=True)
+@click.option("--random-filler", is_flag=True, help="Random tokens where nothing is asked; otherwise token 0.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Models trained at a time.")
+@click.option("--compile", is_flag=True, help="Through torch.compile; pays on a GPU.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def command(output: Path, mixers: str, widths: str, learning_rates: str, device: str, **settings: Any) -> None:
+def command(
+    output: Path, mixers: str, widths: str, learning_rates: str, jobs: int, device: str, **settings: Any
+) -> None:
     """Train models of two layers from scratch and write accuracy against width, the best learning rate of each.
 
-    The defaults are the hardest setting of the GSA paper (arXiv 2409.07146): 512 tokens, 64 pairs. "softmax" is the
-    host's full attention. Example: t2r bench mqar --output runs/mqar --mixers "softmax gsa:style=paper,slots=64"
+    The defaults are the hardest setting of the GSA paper (arXiv 2409.07146): 512 tokens, 64 pairs. Every model is a
+    Mistral host with one head per 64 of width and no short convolution, its attention replaced; "softmax" is the
+    host's own. Example: t2r bench mqar --output runs/mqar --widths 128 --mixers "softmax gsa:style=paper gla retnet"
     """
+    import functools
     import json
 
     import torch
     from pydantic import ValidationError
 
     from t2r.errors import InputError
-    from t2r_evals.mqar import PAPER_LEARNING_RATES, MqarOptions, draw, sweep
+    from t2r_evals.mqar import PAPER_LEARNING_RATES, MqarOptions, best_results, draw, sweep
     from t2r_evals.provenance import machine, versions
     from t2r_evals.report.svg import standalone
 
@@ -49,28 +61,51 @@ def command(output: Path, mixers: str, widths: str, learning_rates: str, device:
             build(spec, width, options.vocabulary, options.length, check_only=True)
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     results = sweep(
-        lambda spec, width: build(spec, width, options.vocabulary, options.length),
+        functools.partial(build, vocabulary=options.vocabulary, length=options.length),
         specs,
         sizes,
         options,
         learning_rates=rates,
         device=target,
+        jobs=jobs,
     )
+    best = best_results(results)
     record = {
         "options": options.model_dump(),
+        "best": [result.model_dump() for result in best],
         "results": [result.model_dump() for result in results],
         "machine": machine(),
         "versions": versions(),
     }
-    lines = ["| mixer | " + " | ".join(f"width {width}" for width in sizes) + " |", "|---|" + "---:|" * len(sizes)]
-    for spec in specs:
-        row = [next(r.accuracy for r in results if (r.mixer, r.width) == (spec, width)) for width in sizes]
-        lines.append(f"| {spec} | " + " | ".join(f"{100 * value:.1f}" for value in row) + " |")
+    table = accuracy_table(best, specs, sizes)
     output.mkdir(parents=True, exist_ok=True)
     (output / "mqar.json").write_text(json.dumps(record, indent=1) + "\n")
-    (output / "mqar.svg").write_text(standalone(draw(results, options)))
-    (output / "mqar.md").write_text("\n".join(lines) + "\n")
-    click.echo("\n".join(lines))
+    (output / "mqar.svg").write_text(standalone(draw(best, options)))
+    (output / "mqar.md").write_text(f"{table}\n\n{trial_table(results)}\n")
+    click.echo(table)
+
+
+def accuracy_table(best: "Sequence[MqarResult]", specs: list[str], widths: list[int]) -> str:
+    """Accuracy in % by mixer and width, in Markdown."""
+    lines = ["| mixer | " + " | ".join(f"width {width}" for width in widths) + " |", "|---|" + "---:|" * len(widths)]
+    accuracies = {(result.mixer, result.width): 100 * result.accuracy for result in best}
+    for spec in specs:
+        lines.append(f"| {spec} | " + " | ".join(f"{accuracies[spec, width]:.1f}" for width in widths) + " |")
+    return "\n".join(lines)
+
+
+def trial_table(results: "Sequence[MqarResult]") -> str:
+    """Every model that was trained, in Markdown."""
+    lines = [
+        "| mixer | width | parameters | learning rate | epochs | minutes | accuracy, % |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r.mixer} | {r.width} | {r.parameters:,} | {r.lr:.2g} | {len(r.curve)} | {r.seconds / 60:.1f} "
+            f"| {100 * r.accuracy:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def build(spec: str, width: int, vocabulary: int, length: int, *, check_only: bool = False) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from t2r_evals.mqar import IGNORED, MqarOptions, accuracy, draw, make_examples, sweep, train
+from t2r_evals.mqar import Examples, MqarOptions, accuracy, best_results, draw, make_examples, sweep, train
 
 SMALL = MqarOptions(
     vocabulary=32, length=16, pairs=3, train_examples=2048, test_examples=256, epochs=12, batch_size=64, enough=0.95
@@ -32,44 +32,50 @@ class LookUp(torch.nn.Module):
 @pytest.mark.parametrize("random_filler", [True, False])
 def test_examples_are_as_the_paper_has_them(random_filler: bool) -> None:
     options = MqarOptions(vocabulary=64, length=40, pairs=5, random_filler=random_filler)
-    inputs, labels = make_examples(500, options, seed=0)
-    keys, values = inputs[:, 0:10:2], inputs[:, 1:10:2]
-    assert keys.min() >= 1
-    assert keys.max() <= 31
-    assert values.min() >= 32
-    assert values.max() <= 63
-    assert all(len(set(row.tolist())) == 5 for row in torch.cat([keys, values]))
-    asked = labels != IGNORED
-    assert (asked.sum(1) == 5).all()
-    positions = asked.nonzero()[:, 1]
-    assert positions.min() >= 10
+    ids, positions, answers = make_examples(5000, options, seed=0)  # more than are made at a time
+    keys, values = ids[:, 0:10:2], ids[:, 1:10:2]
+    assert (int(keys.min()), int(keys.max())) == (1, 31)
+    assert (int(values.min()), int(values.max())) == (32, 63)
+    for distinct in (keys, values, positions):
+        assert (distinct.sort(1).values.diff(dim=1) > 0).all()
+    assert int(positions.min()) == 10
+    assert int(positions.max()) <= 38
     assert (positions % 2 == 0).all()
-    for row in range(20):
-        known = dict(zip(keys[row].tolist(), values[row].tolist(), strict=True))
-        assert {known[int(k)] for k in inputs[row][asked[row]]} == set(known.values())
-        assert all(
-            known[int(k)] == int(v) for k, v in zip(inputs[row][asked[row]], labels[row][asked[row]], strict=True)
-        )
+    assert torch.equal(ids.gather(1, positions), keys)
+    assert torch.equal(answers, values)
     if not random_filler:
-        assert (inputs[:, 10:][~asked[:, 10:]] == 0).all()
-    # Weight i^(a-1): the first slot asks far more often than the last.
-    assert asked[:, 10].float().mean() > 3 * asked[:, 38].float().mean()
-    again = make_examples(500, options, seed=0)
-    assert torch.equal(inputs, again[0])
-    assert not torch.equal(inputs, make_examples(500, options, seed=1)[0])
+        assert int(ids[:, 10:].count_nonzero()) == positions.numel()
+    assert torch.equal(ids, make_examples(5000, options, seed=0).ids)
+    assert not torch.equal(ids, make_examples(5000, options, seed=1).ids)
+
+
+def test_places_are_drawn_one_by_one_with_the_weights_of_the_definition() -> None:
+    """Against the definition: weights i^(a-1), the places already taken left out, the rest in proportion."""
+    options = MqarOptions(vocabulary=16, length=14, pairs=2, power=0.5)
+    places = ((make_examples(40_000, options, seed=0).positions - 4) // 2).tolist()
+    weights = [i**-0.5 for i in range(1, 6)]
+    for first in range(5):
+        for second in range(5):
+            expected = 0.0
+            if first != second:
+                expected = weights[first] / sum(weights) * weights[second] / (sum(weights) - weights[first])
+            found = places.count([first, second]) / len(places)
+            assert found == pytest.approx(expected, abs=5 * (expected / len(places)) ** 0.5)
 
 
 def test_perfect_memory_scores_one_and_none_scores_chance() -> None:
-    examples = make_examples(300, SMALL.model_copy(update={"random_filler": False}), seed=3)
+    examples = make_examples(300, SMALL, seed=3)
     assert accuracy(LookUp(SMALL), examples, 64) == 1
-    blind = examples[0].clone()
+    blind = examples.ids.clone()
     blind[:, 1:6:2] = 16
-    assert accuracy(LookUp(SMALL), (blind, examples[1]), 64) < 0.2
+    assert accuracy(LookUp(SMALL), Examples(blind, examples.positions, examples.answers), 64) < 0.2
 
 
-@pytest.mark.parametrize("change", [{"pairs": 200}, {"vocabulary": 8, "pairs": 4, "length": 64}])
+@pytest.mark.parametrize(
+    "change", [{"pairs": 200}, {"vocabulary": 8, "pairs": 4, "length": 64}, {"train_examples": 8, "batch_size": 9}]
+)
 def test_impossible_settings_are_refused(change: dict[str, int]) -> None:
-    with pytest.raises(ValidationError, match="pairs"):
+    with pytest.raises(ValidationError, match=r"pairs|batch_size"):
         MqarOptions(**change)  # type: ignore[arg-type]
 
 
@@ -92,8 +98,9 @@ def softmax(mixer: str, width: int) -> torch.nn.Module:
 def test_attention_learns_it_and_the_sweep_keeps_the_best() -> None:
     torch.manual_seed(0)
     results = sweep(softmax, ["softmax"], [64], SMALL, learning_rates=(1e-6, 3e-3))
-    assert [r.lr for r in results] == [3e-3]
+    assert results[0].lr == 3e-3
     assert results[0].accuracy > 0.9
+    assert best_results(results) == results[:1]
     assert "accuracy, %" in draw(results, SMALL)
     poor = train(softmax("softmax", 64), SMALL.model_copy(update={"epochs": 1}), 1e-6)
     assert poor.accuracy < 0.3
@@ -106,13 +113,14 @@ def test_command_writes_table_and_figure(tmp_path: Path) -> None:
 
     small = "--widths 16 --lr 1e-3 --length 16 --pairs 2 --vocabulary 16 --examples 64 --epochs 1 --batch-size 32"
     mixers = "softmax gsa:style=paper,slots=8"
-    arguments = ["--output", str(tmp_path / "out"), "--mixers", mixers, *small.split(), "--device", "cpu"]
+    arguments = ["--output", str(tmp_path / "out"), "--mixers", mixers, *f"{small} --device cpu --jobs 2".split()]
     run = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert run.exit_code == 0
-    table = (tmp_path / "out" / "mqar.md").read_text()
+    table, trials = (tmp_path / "out" / "mqar.md").read_text().split("\n\n")
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == mixers.split()
+    assert len(trials.splitlines()) == 2 + 2
     record = json.loads((tmp_path / "out" / "mqar.json").read_text())
-    assert [r["mixer"] for r in record["results"]] == mixers.split()
+    assert [r["mixer"] for r in record["results"]] == [r["mixer"] for r in record["best"]] == mixers.split()
     assert "<svg" in (tmp_path / "out" / "mqar.svg").read_text()
     refused = CliRunner().invoke(command, [*arguments[:3], "softmax gsa:slotz=8", *arguments[4:]])
     assert "slots" in str(refused.exception)

@@ -1,0 +1,22 @@
+"""Multi-query associative recall (MQAR; Zoology, arXiv 2312.04927), in the setting of the GSA paper.
+
+A sequence lists K pairs of a key and a value, then asks for the keys again, more often soon than late; the model names
+the value at each. Small models are trained from scratch on it: accuracy against width shows what a mixer's state holds.
+"""
+
+from t2r_evals.mqar.examples import Examples, MqarOptions, make_examples
+from t2r_evals.mqar.sweep import PAPER_LEARNING_RATES, best_results, draw, sweep
+from t2r_evals.mqar.training import MqarResult, accuracy, train
+
+__all__ = [
+    "PAPER_LEARNING_RATES",
+    "Examples",
+    "MqarOptions",
+    "MqarResult",
+    "accuracy",
+    "best_results",
+    "draw",
+    "make_examples",
+    "sweep",
+    "train",
+]
