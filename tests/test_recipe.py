@@ -37,7 +37,7 @@ def complaints(text: str, **options: Any) -> list[str]:
 
 
 def test_all_recipes_of_the_plan_ship() -> None:
-    wanted = {"demo", "gsa-mistral-7b", "gsa-mistral-7b-paper", "gsa-llama-3-8b", "gsa-mistral-7b-lora"}
+    wanted = {"demo", "gsa-mistral-7b", "gsa-mistral-7b-paper", "gsa-llama-3-8b", "gsa-mistral-7b-lora", "recovery"}
     assert wanted <= set(SHIPPED)
 
 
