@@ -78,7 +78,11 @@ def test_generate_equals_repeated_forwards(student, tokens):
     for _ in range(14):
         expected = torch.cat([expected, student(expected, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(student.generate(prompt, **options), expected)
+    found = student.generate(prompt, return_dict_in_generate=True, output_logits=True, **options)
+    assert torch.equal(found.sequences, expected)
+    whole, cache = run(student, [expected[:, :-1]])
+    torch.testing.assert_close(torch.stack(found.logits, 1), whole[:, 5:], **CLOSE)
+    torch.testing.assert_close(states(found.past_key_values), states(cache), **CLOSE)
     assert torch.equal(student.generate(prompt, prefill_chunk_size=4, **options), expected)
 
 

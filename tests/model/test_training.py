@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from t2r.model import Mixer
+from t2r.convert import convert
+from t2r.model import Mixer, parse_options
 
 
 def gradients(model, text):
@@ -35,17 +36,13 @@ def test_gradient_checkpointing_changes_nothing(mistral, tokens, reentrant):
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def teacher(embedded_teacher):
-    return AutoModelForCausalLM.from_pretrained(embedded_teacher, dtype=torch.float32)
-
-
-def test_a_converted_student_learns(teacher, embedded_teacher, build_student, mixer_options):
+def test_a_converted_student_learns(embedded_teacher, mixer_options, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(embedded_teacher)
     text = "The old house stood at the end of the lane, and nobody had lived in it for years. " * 3
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :64]
-    student = build_student(teacher.config, mixer_options, wild=False)
-    student.load_state_dict(teacher.state_dict(), strict=False)
+    options = mixer_options if isinstance(mixer_options, list) else [mixer_options]
+    convert(embedded_teacher, tmp_path / "student", mixers=[parse_options(one) for one in options], dtype="float32")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4)
     losses = []
     for _ in range(4):
