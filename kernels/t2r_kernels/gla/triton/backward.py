@@ -1,6 +1,7 @@
-"""The backward pass, from the inputs and the upstream gradients alone. States at chunk starts and their gradients at
-chunk ends come first (`states.py`); then two kernels walk every chunk in reverse, tile by tile, with the gradient of the
-state in registers.
+"""The backward pass, from the inputs and the upstream gradients alone.
+
+States at chunk starts and their gradients at chunk ends come first (`states.py`); then two kernels walk every chunk in
+reverse, tile by tile, with the gradient of the state in registers.
 
 `gated_gradient_kernel`: dr, dy and the gradients of gate and write weights, for a slice of the gated side. It needs the
 state at each tile's start too and rebuilds it from the chunk's.
@@ -28,6 +29,7 @@ from ...gsa.triton.common import (
     split,
     suffix_decay,
 )
+from . import launch
 from .common import (
     NONE,
     ROWS,
@@ -43,9 +45,6 @@ from .common import (
     tile_decays,
     to_rows,
 )
-
-PAIR_OF_STATES = 8192  # elements of the state in a program that holds the state and its gradient
-STATE = 16384
 
 
 @triton.jit
@@ -63,7 +62,7 @@ def tile_gradient(
         same = tl.where(t[:, None] == i[None, :], b, 0.0).to(CT)
         dr = dot(same, yb, CT, PREC)
         dy = dot(tl.trans(same), rb, CT, PREC)
-        for level in tl.static_range(LOG_SUB):
+        for level in range(LOG_SUB):
             right = to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
             after = suffix_decay(i, high, low, level, SPLIT, EXACT)
             pairs = tl.where(pairs_at(t, i, level), b, 0.0).to(CT)
@@ -214,8 +213,7 @@ def plain_gradient_kernel(
 def gated_gradients(r, p, y, x, write, gate, states, dstates, scale, want_dr, plan: Plan, chunks: Chunks, chunk: int):
     """dr (or None), dy, and the gradients of gate and write weights in fp32 (or None)."""
     B, T, H = y.shape[:3]
-    width = plan.width(plan.R, plan.X, PAIR_OF_STATES)
-    slices = triton.cdiv(plan.R, width)
+    width, slices, options = launch.fit(launch.GATED_GRADIENT, plan, plan.R, plan.X)
     dr, dy = torch.empty_like(r) if want_dr else None, torch.empty_like(y)
     shape = (B, T, H, plan.R if plan.kind == ROWS.value else slices)
     dgate, dwrite = (
@@ -224,7 +222,7 @@ def gated_gradients(r, p, y, x, write, gate, states, dstates, scale, want_dr, pl
     gated_gradient_kernel[(chunks.count * H, slices)](
         r, p, y, x, write, gate, states, dstates, dr, dy, dgate, dwrite, chunks.bounds, T, chunks.per_sequence, H,
         H * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, width, pad(plan.X), STORE_DR=want_dr,
-        **plan.options(chunks, write), num_warps=4 if width * pad(plan.X) <= 4096 else 8, num_stages=1,
+        **plan.options(chunks, write), **options,
     )  # fmt: skip
     if plan.kind != ROWS.value:
         dgate, dwrite = (z if z is None else z[..., 0] if slices == 1 else z.sum(-1) for z in (dgate, dwrite))
@@ -234,11 +232,10 @@ def gated_gradients(r, p, y, x, write, gate, states, dstates, scale, want_dr, pl
 def plain_gradient(r, p, y, x, write, gate, dstates, scale, plan: Plan, chunks: Chunks, chunk: int):
     """dx."""
     dx = torch.empty_like(x)
-    width = plan.width(plan.X, plan.R, STATE)
-    plain_gradient_kernel[(chunks.count * plan.heads, triton.cdiv(plan.X, width))](
+    width, slices, options = launch.fit(launch.PLAIN_GRADIENT, plan, plan.X, plan.R)
+    plain_gradient_kernel[(chunks.count * plan.heads, slices)](
         r, p, y, write, gate, dstates, dx, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, pad(plan.R), width,
-        **plan.options(chunks, write), num_warps=4 if width * pad(plan.R) <= 4096 else 8,
-        num_stages=1 if plan.numerics.store == torch.float32 else 2,
+        **plan.options(chunks, write), **options,
     )  # fmt: skip
     return dx

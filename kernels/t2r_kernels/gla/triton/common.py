@@ -56,12 +56,6 @@ class Plan:
     def group_tiles(self) -> int:
         return triton.cdiv(self.group, self.group_block)
 
-    def width(self, side: int, other: int, elements: int) -> int:
-        """Columns of one side in a program that holds all of the other side: at most `elements` of the state."""
-        if self.numerics.store == torch.float32:
-            elements //= 4  # three tf32 passes need twice the operands, of twice the size
-        return max(16, min(pad(side), elements // pad(other)))
-
     @property
     def sizes(self) -> tuple[int, ...]:
         return self.R, self.X, self.tile, self.tile.bit_length() - 1, self.group_block
@@ -188,7 +182,7 @@ def pair_scores(
     if KIND == ROWS:
         high, low = split(x, SPLIT)
         a = tl.where(t[:, None] == i[None, :], a, 0.0)
-        for level in tl.static_range(LOG_SUB):
+        for level in range(LOG_SUB):
             left = yb * suffix_decay(i, high, low, level, SPLIT, EXACT)
             right = rb.to(tl.float32) * to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
             a += tl.where(pairs_at(t, i, level), dot(right, tl.trans(left), CT, PREC), 0.0)

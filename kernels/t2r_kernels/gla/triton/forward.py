@@ -10,9 +10,8 @@ import triton.language as tl
 
 from ...gsa.triton.common import Chunks, chunk_range, dot, load_rows, pairs_at, prefix_decay, row_offsets, split
 from ...gsa.triton.common import suffix_decay as suffix
+from . import launch
 from .common import Plan, load_gate, load_state, load_written, pad, pair_scores, tile_decays, to_rows
-
-STATE = 16384  # elements of the state in one program: 64 KiB of registers
 
 
 @triton.jit
@@ -79,7 +78,7 @@ def gated_kernel(
         b = dot(pb, tl.trans(xb), CT, PREC)
         ob += dot(tl.where(t[:, None] == i[None, :], b, 0.0), yb, CT, PREC)
         high, low = split(g, SPLIT)
-        for level in tl.static_range(LOG_SUB):
+        for level in range(LOG_SUB):
             left = yb * suffix(i, high, low, level, SPLIT, EXACT)
             right = to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
             ob += dot(tl.where(pairs_at(t, i, level), b, 0.0), left, CT, PREC) * right
@@ -87,30 +86,28 @@ def gated_kernel(
         state = state * total[:, None] + dot(tl.trans((yb * after).to(CT)), xb, CT, PREC)
 
 
-def _launch(kernel, a, y, x, write, gate, states, out, scale, plan: Plan, chunks: Chunks, chunk: int, slices, widths):
+def _launch(kernel, a, y, x, write, gate, states, out, scale, plan: Plan, chunks: Chunks, chunk: int, widths, slices,
+            options):  # fmt: skip
     kernel[(chunks.count * plan.heads, slices, plan.group_tiles)](
         a, y, x, write, gate, states, out, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, *widths, **plan.options(chunks, write),
-        num_warps=8 if widths[0] * widths[1] > 8192 or plan.tile * plan.group_block > 64 else 4,
-        num_stages=1 if plan.numerics.store == torch.float32 else 2,
+        **options,
     )  # fmt: skip
 
 
 def read_plain(r, y, x, write, gate, states, scale, plan: Plan, chunks: Chunks, chunk: int) -> torch.Tensor:
     """[B, T, HQ, X] in r's dtype: scale * sum over i <= t of (r_t . D(i, t) w_i y_i) x_i, from `states` on."""
     out = torch.empty(*r.shape[:3], plan.X, dtype=r.dtype, device=r.device)
-    width = plan.width(plan.X, plan.R, STATE)
+    width, slices, options = launch.fit(launch.PLAIN, plan, plan.X, plan.R)
     widths = (pad(plan.R), width)
-    slices = triton.cdiv(plan.X, width)
-    _launch(plain_kernel, r, y, x, write, gate, states, out, scale, plan, chunks, chunk, slices, widths)
+    _launch(plain_kernel, r, y, x, write, gate, states, out, scale, plan, chunks, chunk, widths, slices, options)
     return out
 
 
 def read_gated(p, y, x, write, gate, states, scale, plan: Plan, chunks: Chunks, chunk: int) -> torch.Tensor:
     """[B, T, HQ, R] in p's dtype: scale * sum over i <= t of (p_t . x_i) D(i, t) w_i y_i, from `states` on."""
     out = torch.empty(*p.shape[:3], plan.R, dtype=p.dtype, device=p.device)
-    width = plan.width(plan.R, plan.X, STATE)
+    width, slices, options = launch.fit(launch.GATED, plan, plan.R, plan.X)
     widths = (width, pad(plan.X))
-    slices = triton.cdiv(plan.R, width)
-    _launch(gated_kernel, p, y, x, write, gate, states, out, scale, plan, chunks, chunk, slices, widths)
+    _launch(gated_kernel, p, y, x, write, gate, states, out, scale, plan, chunks, chunk, widths, slices, options)
     return out

@@ -4,17 +4,16 @@ import torch
 from torch import Tensor
 
 from ...gsa.triton.common import Chunks, find_chunks
+from . import launch
 from .backward import gated_gradients, plain_gradient
 from .common import Plan, plan_for
 from .forward import read_gated, read_plain
 from .states import gradients_of, states_of
 
-CHUNK = 64  # tokens: a state costs a program as much traffic as its inputs
-
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, gate: str, cu_seqlens: Tensor | None) -> tuple[Plan, Chunks]:
     plan = plan_for(gate, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype)
-    return plan, find_chunks(q.shape[0], q.shape[1], CHUNK, cu_seqlens)
+    return plan, find_chunks(q.shape[0], q.shape[1], launch.CHUNK, cu_seqlens)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -44,14 +43,15 @@ def _forward(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """o, and the final state (an empty tensor unless asked for)."""
-    q, k, v, log_decay, write, initial = _contiguous(q, k, v, log_decay, write, initial)
+    q, k, v = (z.contiguous() for z in (q, k, v))
+    log_decay, write, initial = _contiguous(log_decay, write, initial)
     plan, chunks = _plan(q, k, v, gate, cu_seqlens)
     final = _final_like(k, v, cu_seqlens) if output_final_state else None
     swapped = gate == "value"
     y, x = (v, k) if swapped else (k, v)
-    states, _ = states_of(y, x, write, log_decay, initial, final, plan, chunks, CHUNK, swapped)
+    states, _ = states_of(y, x, write, log_decay, initial, final, plan, chunks, launch.CHUNK, swapped)
     read = read_gated if swapped else read_plain
-    o = read(q, y, x, write, log_decay, states, scale, plan, chunks, CHUNK)
+    o = read(q, y, x, write, log_decay, states, scale, plan, chunks, launch.CHUNK)
     return o, _nothing(q) if final is None else final
 
 
@@ -78,12 +78,13 @@ def gla_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and in fp32 the gradients of log_decay, write and the initial state (empty tensors without them)."""
-    do, dfinal, q, k, v, log_decay, write, initial = _contiguous(do, dfinal, q, k, v, log_decay, write, initial)
+    do, q, k, v = (z.contiguous() for z in (do, q, k, v))
+    dfinal, log_decay, write, initial = _contiguous(dfinal, log_decay, write, initial)
     plan, chunks = _plan(q, k, v, gate, cu_seqlens)
     swapped = gate == "value"
     r, p, y, x = (do, q, v, k) if swapped else (q, do, k, v)
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
-    place = (plan, chunks, CHUNK)
+    place = (plan, chunks, launch.CHUNK)
     states, gamma = states_of(y, x, write, log_decay, initial, None, *place, swapped)
     dstates = gradients_of(r, p, log_decay, gamma, scale, dfinal, dinitial, *place, swapped)
     dr, dy, dgate, dwrite = gated_gradients(

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ...gsa.triton.common import Chunks, chunk_range, dot, load_rows, row_offsets
+from . import launch
 from .common import Plan, advance, load_gate, pad, tile_decays, to_rows
 
 WRITE_TILE = 32  # tokens; writes have one row per token
@@ -25,7 +26,7 @@ def read_back(
     dstate = dstate * total[:, None]
     before = to_rows(before, BG)
     for tile in range(GROUP_TILES):
-        _, row, valid = row_offsets(first, stop, h, tile * BG, HQ, G, SUB, BG)
+        _t, row, valid = row_offsets(first, stop, h, tile * BG, HQ, G, SUB, BG)
         rb = load_rows(r, row, valid, R, d, CT).to(tl.float32)
         pb = load_rows(p, row, valid, X, e, CT)
         dstate += scale * dot(tl.trans((rb * before).to(CT)), pb, CT, PREC)
@@ -142,19 +143,19 @@ def _empty(plan: Plan, chunks: Chunks, device) -> torch.Tensor:
 
 
 def _launch(left, right, write, gate, states, gamma, scale, plan: Plan, chunks: Chunks, chunk: int, reads: bool):
-    rows, columns = (min(pad(width), 64 if plan.numerics.store == torch.float32 else 128) for width in (plan.R, plan.X))
-    grid = (chunks.count * plan.heads, triton.cdiv(plan.R, rows), triton.cdiv(plan.X, columns))
+    rows = min(pad(plan.R), 64 if plan.numerics.store == torch.float32 else 128)
+    columns, slices, options = launch.fit(launch.CHUNKS, plan, plan.X, rows)
+    grid = (chunks.count * plan.heads, triton.cdiv(plan.R, rows), slices)
     sizes = plan.sizes if reads else (plan.R, plan.X, WRITE_TILE, WRITE_TILE.bit_length() - 1, 1)
     chunk_kernel[grid](
         left, right, write, gate, states, gamma, chunks.bounds, left.shape[1], chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *sizes, chunk, plan.group_tiles, rows, columns, READS=reads,
-        **plan.options(chunks, write), num_warps=8 if rows * columns >= 8192 else 4,
-        num_stages=1 if plan.numerics.store == torch.float32 else 2,
+        **plan.options(chunks, write), **options,
     )  # fmt: skip
 
 
 def states_of(y, x, write, gate, initial, final, plan: Plan, chunks: Chunks, chunk: int, swapped: bool):
-    """States at the start of every chunk, and decays of whole chunks [chunks, H, R] in fp32; writes `final` if given."""
+    """States at the start of every chunk, decays of whole chunks [chunks, H, R] in fp32; writes `final` if given."""
     states = _empty(plan, chunks, y.device)
     gamma = torch.empty(chunks.count, plan.heads, plan.R, dtype=torch.float32, device=y.device)
     _launch(y, x, write, gate, states, gamma, 1.0, plan, chunks, chunk, reads=False)

@@ -62,7 +62,8 @@ def gla_step_triton(
     """Shapes as in `t2r_kernels.gla_step`. One launch, no synchronisation: usable inside a CUDA graph."""
     if not state.is_contiguous():
         raise ValueError(f"gla_step: state has strides {state.stride()}, must be contiguous to be updated in place")
-    q, k, v, log_decay, write = (None if x is None else x.contiguous() for x in (q, k, v, log_decay, write))
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    log_decay, write = (None if x is None else x.contiguous() for x in (log_decay, write))
     B, HQ, D = q.shape
     H, V = k.shape[1], v.shape[-1]
     o = torch.empty(B, HQ, V, dtype=q.dtype, device=q.device)

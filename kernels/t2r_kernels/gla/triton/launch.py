@@ -1,0 +1,35 @@
+"""Launch configurations of the kernels, measured on one H200 at D = V = 128 and groups of four heads."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .common import Plan, pad
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`elements` of the state in one program (registers bound it), its warps, and its stages of loads."""
+
+    elements: int
+    warps: int
+    stages: int
+
+
+CHUNK = 64  # tokens: a state costs a program as much traffic as its inputs
+PLAIN = Launch(8192, 4, 2)
+GATED = Launch(8192, 4, 2)
+CHUNKS = Launch(16384, 8, 2)
+GATED_GRADIENT = Launch(4096, 4, 1)  # holds two states
+PLAIN_GRADIENT = Launch(8192, 4, 2)
+
+
+def fit(launch: Launch, plan: Plan, side: int, held: int) -> tuple[int, int, dict[str, int]]:
+    """For a program that holds all `held` columns of one side of the state and a slice of the other, of `side` columns:
+    the slice's width, how many there are, and the launch options."""
+    wide = plan.tile * plan.group_block > 64 or pad(held) > 128
+    exact = plan.numerics.store == torch.float32  # three passes need twice the operands, of twice the size
+    width = max(16, min(pad(side), launch.elements // (4 if exact else 1) // pad(held)))
+    options = {"num_warps": min(8, launch.warps * (2 if wide else 1)), "num_stages": 1 if exact else launch.stages}
+    return width, triton.cdiv(side, width), options
