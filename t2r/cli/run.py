@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from t2r.cli.controls import teacher_finetuned, window_only
+
 if TYPE_CHECKING:
     from t2r.model.mixers import MixerOptions
     from t2r.recipe import Recipe, RunFolder
@@ -28,6 +30,9 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     """Carry out RECIPE, a file or the name of a shipped recipe, from conversion to report.
 
     Run it again after an interruption: what is finished and verified is kept.
+
+    With the control teacher-finetuned, OUTPUT/controls/teacher-finetuned/recipe.yaml is that training's own recipe;
+    torchrun -m t2r finetune carries it out on several GPUs beforehand.
     """
     from t2r.recipe import RunFolder, load_recipe
     from t2r_evals.harness import check_tasks
@@ -36,13 +41,17 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     recipe = load_recipe(recipe_name, list(overrides))
     # Before hours of training, not after.
     check_tasks(recipe.evaluate.suites, recipe.evaluate.tasks, None)
-    controls = [_window_only(mixer) for mixer in recipe.mixer] if "window-only" in recipe.evaluate.controls else []
+    controls = recipe.evaluate.controls
+    windows = [window_only(mixer) for mixer in recipe.mixer] if "window-only" in controls else []
     folder = RunFolder(recipe)
+    finetuned = teacher_finetuned(recipe, folder) if "teacher-finetuned" in controls else None
     folder.claim()
     convert_student(recipe, folder)
     train_student(recipe, folder, resume)
-    if controls:
-        _convert(recipe, controls, folder.controls / "window-only")
+    if windows:
+        _convert(recipe, windows, folder.controls / "window-only")
+    if finetuned is not None:
+        _finetune_teacher(finetuned, "never" if resume == "never" else "auto")
     report = measure_and_report(recipe, folder, started)
     click.echo(summary(report, folder, time.monotonic() - started))
 
@@ -50,14 +59,6 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
 def convert_student(recipe: "Recipe", folder: "RunFolder") -> None:
     """The teacher as a student before any training, in `converted/`: the control "no-training"."""
     _convert(recipe, recipe.mixer, folder.converted)
-
-
-def _window_only(mixer: "MixerOptions") -> "MixerOptions":
-    """Softmax over the tokens that a mixer of these options could hold in its slots, one each."""
-    from t2r.model.mixers import parse_options
-
-    sinks, slots = getattr(mixer, "sinks", 4), getattr(mixer, "slots", 64)
-    return parse_options({"name": "softmax", "sinks": sinks, "window": slots - sinks, "layers": mixer.layers})
 
 
 def _convert(recipe: "Recipe", mixers: "Sequence[MixerOptions]", destination: Path) -> None:
@@ -88,6 +89,16 @@ def train_student(recipe: "Recipe", folder: "RunFolder", resume: str) -> None:
         _say(f"{folder.model}: there and verified, kept")
     else:
         finetune(recipe, resume=resume)
+
+
+def _finetune_teacher(recipe: "Recipe", resume: str) -> None:
+    """The control "teacher-finetuned", a run of its own below `controls/`."""
+    from t2r.recipe import RunFolder
+
+    folder = RunFolder(recipe)
+    folder.claim()
+    convert_student(recipe, folder)
+    train_student(recipe, folder, resume)
 
 
 def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) -> "Report":
@@ -128,6 +139,8 @@ def measure(recipe: "Recipe", folder: "RunFolder") -> "tuple[list[ModelResult], 
         models.append(("no training", "control", folder.converted))
     if "window-only" in recipe.evaluate.controls:
         models.append(("window only", "control", folder.controls / "window-only"))
+    if "teacher-finetuned" in recipe.evaluate.controls:
+        models.append(("teacher finetuned", "control", folder.controls / "teacher-finetuned" / "model"))
     documents = _validation_documents(recipe)
     source = resolve(recipe.model.source)
     teacher, tokenizer = load(source, dtype=recipe.model.dtype) if recipe.evaluate.baseline else (None, None)
@@ -156,6 +169,7 @@ def _measure_one(
     teacher: Any,
 ) -> "ModelResult":
     """The stored result when it belongs to this model, these options and this text; otherwise a new one."""
+    from t2r.cli.eval import hybrid_components
     from t2r.model import describe
     from t2r.publish import write_whole
     from t2r_evals import EvaluationOptions, ModelResult, evaluate
@@ -166,7 +180,11 @@ def _measure_one(
         limit=recipe.evaluate.limit,
         windows=recipe.evaluate.windows,
         window=recipe.evaluate.window,
+        batch_size=recipe.evaluate.batch_size,
+        max_length=recipe.evaluate.max_length,
         offline_root=Path(recipe.evaluate.offline_root) if recipe.evaluate.offline_root else None,
+        contexts=tuple(recipe.evaluate.speed_contexts),
+        largest_batch=recipe.evaluate.largest_batch,
         seed=recipe.seed,
     )
     key = _key(path, options.model_dump_json(), *(documents or []))
@@ -185,6 +203,7 @@ def _measure_one(
         state_bytes=memory["state_bytes"],
         kv_bytes_per_token=memory["kv_bytes_per_token"],
         teacher=teacher,
+        components=hybrid_components(loaded[0]) if role == "student" else None,
         folder=folder.evaluation / f"{name.replace(' ', '-')}-{key[:12]}" if options.suites or options.tasks else None,
     )
     file.parent.mkdir(parents=True, exist_ok=True)

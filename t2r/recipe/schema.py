@@ -60,10 +60,20 @@ class Evaluate(Section):
     suites: list[Text] = Field(default=[])
     tasks: list[Text] = Field(default=[])
     baseline: Literal["source"] | None = Field(default="source", description="source: the teacher beside the student")
-    controls: list[Literal["no-training", "window-only"]] = Field(default=[])
+    controls: list[Literal["no-training", "window-only", "teacher-finetuned"]] = Field(
+        default=[],
+        description="no-training: as converted; window-only: softmax over as many tokens as there are slots; "
+        "teacher-finetuned: the teacher trained by cross-entropy on the stages' token budget",
+    )
     windows: Annotated[int, Field(gt=0)] = Field(default=48, description="validation windows")
     window: Count = Field(default=2048, description="tokens per validation window")
     limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="examples per task; null: all")
+    batch_size: Annotated[int, Field(gt=0)] = Field(default=8, description="sequences at a time; changes no result")
+    max_length: Count = Field(default=2048, description="context for tasks, in tokens; longer prompts are cut, counted")
+    speed_contexts: list[Count] = Field(default=[], description="prompt lengths at which speed is measured, in tokens")
+    largest_batch: Annotated[int, Field(gt=0)] = Field(
+        default=1, description="on a GPU, speed also at the largest batch up to this that fits"
+    )
     offline_root: Text | None = Field(default=None, description="folder that stands in for the Hub's data sets")
 
 
@@ -87,7 +97,11 @@ class Distributed(Section):
     """How torchrun's processes share the model. One process: ignored."""
 
     fsdp: bool = Field(default=False, description="shard weights, gradients and optimiser (FSDP2); false: DDP")
-    fsdp_config: dict[str, Any] = Field(default={}, description="transformers' --fsdp_config")
+    gather: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="precision in which FSDP gathers weights for bf16 stages; fp32: the same results as one GPU, "
+        "bf16: half the traffic, gates and clocks rounded in the forward pass",
+    )
 
 
 class Recipe(Section):
