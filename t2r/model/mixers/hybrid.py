@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from t2r.model.mixers.base import Mixer, MixerOptions, RecurrentMixer, Rotary, States, head_shape, rotate
 from t2r.model.mixers.gla import GLAMixer, GLAOptions
 from t2r.model.mixers.gsa import GSAMixer, GSAOptions
-from t2r.model.mixers.softmax import Window
+from t2r.model.mixers.window import Window
 from t2r.model.sequence import SequenceInfo
 
 
