@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 # The published configuration of mistralai/Mistral-7B-v0.1, its window left out: nothing here is longer than it.
-MISTRAL_7B = {
+MISTRAL_7B: dict[str, Any] = {
     "model_type": "mistral",
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -169,8 +169,7 @@ def _host(config: str, layers: int | None) -> Any:
     from t2r.errors import InputError
 
     if config == "mistral-7b":
-        values = dict(MISTRAL_7B)
-        host = AutoConfig.for_model(**values)
+        host = AutoConfig.for_model(**MISTRAL_7B)
     elif (Path(config) / "config.json").is_file():
         host = AutoConfig.from_pretrained(config, trust_remote_code=False)
     else:

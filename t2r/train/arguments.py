@@ -11,8 +11,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from t2r.errors import InputError
-from t2r.model.mixers import MIXERS
-from t2r.recipe import AlignStage, Recipe, Stage
+from t2r.recipe import Recipe, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +87,4 @@ def _sharding(recipe: Recipe, stage: Stage, number: int) -> dict[str, Any]:
         return {}
     if stage.adapter is not None:
         raise InputError("distributed.fsdp: not together with an adapter; leave fsdp out (DDP) for that stage's run")
-    config = {"version": 2, **recipe.distributed.fsdp_config}
-    if isinstance(stage, AlignStage):
-        # Align calls the mixers one by one, past their layers: each has to gather its own weights.
-        config["transformer_layer_cls_to_wrap"] = [mixer.__name__ for mixer in MIXERS.values()]
-    return {"fsdp": True, "fsdp_config": config}
+    return {"fsdp": True, "fsdp_config": {"version": 2}}

@@ -11,9 +11,15 @@ from t2r.publish import verify_manifest
 logger = logging.getLogger(__name__)
 
 DATA = "data.json"
+WEIGHTS = "weights"
 STATE = "trainer_state.json"
 _NAME = re.compile(r"step-(\d{8})")
-_NEEDED = (("data state", DATA), ("trainer state", STATE), ("scheduler", "scheduler.pt"))
+_NEEDED = (
+    ("data state", DATA),
+    ("weights and optimizer state", WEIGHTS),
+    ("trainer state", STATE),
+    ("scheduler", "scheduler.pt"),
+)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -41,8 +47,6 @@ def problems(checkpoint: Path) -> list[str]:
         return found
     names = {path.relative_to(checkpoint).parts[0] for path in checkpoint.rglob("*") if path.is_file()}
     found = [f"{checkpoint}: no {what} ({name})" for what, name in _NEEDED if name not in names]
-    if not any(name.startswith("optimizer") for name in names):
-        found.append(f"{checkpoint}: no optimizer state")
     if not any(name.startswith("rng_state") for name in names):
         found.append(f"{checkpoint}: no random state")
     return found

@@ -7,7 +7,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
@@ -20,7 +20,7 @@ _MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
 _told: set[str] = set()
 
 
-def fuse(model: nn.Module, device: torch.device) -> bool:
+def fuse(model: Any, device: torch.device) -> bool:
     """Run a host's RMSNorms and SwiGLUs by liger-kernel, where it is installed and `device` is a GPU.
 
     Parameters, their names and what is computed stay: the norm's mean square in float32, its output in the input's
@@ -36,9 +36,9 @@ def fuse(model: nn.Module, device: torch.device) -> bool:
         return False
     for module in model.modules():
         if isinstance(module, _NORMS):
-            module.forward = MethodType(_norm, module)
+            module.forward = MethodType(_norm, module)  # type: ignore[method-assign]
         elif isinstance(module, _MLPS) and model.config.hidden_act in ("silu", "swish"):
-            module.forward = MethodType(_mlp, module)
+            module.forward = MethodType(_mlp, module)  # type: ignore[method-assign]
     _tell(f"Norms and activations run by liger-kernel {importlib.metadata.version('liger-kernel')}.")
     return True
 

@@ -15,7 +15,7 @@ from t2r.errors import InputError
 from t2r.model.mixers import Mixer
 from t2r.model.sequence import SequenceInfo
 from t2r.recipe import AlignStage, DistillStage, FinetuneStage
-from t2r.train.losses import IGNORE, cross_entropy, head_loss, kl_divergence, top_k_kl_divergence
+from t2r.train.losses import IGNORE, ChunkLoss, cross_entropy, head_loss, kl_divergence, top_k_kl_divergence
 
 Batch = dict[str, Tensor]
 _PLACE = ("input_ids", "position_ids", "cu_seq_lens_q")
@@ -68,7 +68,17 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 def token_loss(student: Any, batch: Batch) -> Tensor:
     """Summed next-token cross-entropy of a batch, in nats."""
     labels = batch["labels"].flatten()
-    return head_loss(hidden_states(student, batch), student.lm_head.weight, lambda x, at: cross_entropy(x, labels[at]))
+    return _head_loss(student, hidden_states(student, batch), lambda logits, at: cross_entropy(logits, labels[at]))
+
+
+def _head_loss(student: Any, hidden: Tensor, loss: ChunkLoss) -> Tensor:
+    """`head_loss` as a forward pass of the student's head, so that FSDP gathers its weight."""
+    head = student.lm_head
+    head.forward = MethodType(lambda module, x: head_loss(x, module.weight, loss), head)
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
 
 
 def count(batch: Batch) -> Tensor:
@@ -111,7 +121,7 @@ class Distill(Objective):
                 )
             return loss + stage.ce_weight * cross_entropy(logits, labels[part]) if stage.ce_weight else loss
 
-        return head_loss(hidden_states(student, batch), student.lm_head.weight, chunk_loss) / count(batch).clamp(min=1)
+        return _head_loss(student, hidden_states(student, batch), chunk_loss) / count(batch).clamp(min=1)
 
 
 class Align(Objective):

@@ -154,6 +154,7 @@ class _StageRun:
                 loader=loader,
                 validation=windows,
                 stop=self.stop,
+                distributed=self.recipe.distributed,
                 callbacks=[progress] if progress else [],
             )
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -71,6 +71,7 @@ def measure_stage(
             loader=_RandomRows(stage, host.vocab_size, document, seed=state.process_index),  # type: ignore[arg-type]
             validation=[],
             stop=StopSignal(),
+            distributed=recipe.distributed,
             callbacks=[clock],
         )
         trainer.train()

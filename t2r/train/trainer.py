@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import AutocastKwargs, broadcast_object_list
@@ -13,14 +13,19 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from t2r.publish import publish
 from t2r.recipe import Stage
+from t2r.recipe.schema import Distributed
 from t2r.train import checkpoints
 from t2r.train.objectives import Objective, count
 from t2r.train.packing import Loader, Row, collate
 from t2r.train.parameters import optimizer_groups
 from t2r.train.schedule import schedule
+from t2r.train.sharding import shard
 from t2r.train.signals import StopSignal
+from t2r.train.state import load_state, save_state
 
 logger = logging.getLogger(__name__)
+
+_SCHEDULER = "scheduler.pt"
 
 
 class NonFiniteError(ValueError):
@@ -39,6 +44,7 @@ class StageTrainer(Trainer):
         loader: micro-batches of this process.
         validation: validation windows; empty for none.
         stop: says when to save and end.
+        distributed: how processes share the model.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class StageTrainer(Trainer):
         loader: Loader,
         validation: list[Row],
         stop: StopSignal,
+        distributed: Distributed,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.stage = stage
@@ -68,6 +75,8 @@ class StageTrainer(Trainer):
         self._checked_step = -1
         # Every weight is used once in a pass. A cache would only keep the bf16 copies of all of them until its end.
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+        if self.is_fsdp_enabled:
+            shard(self.accelerator.state.fsdp_plugin, model, stage, distributed)
 
     # ---- optimiser and schedule
 
@@ -167,25 +176,31 @@ class StageTrainer(Trainer):
         return Path(shared[0])
 
     def _write(self, staging: Path) -> None:
-        self.save_model(str(staging), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(staging))
-        self._save_scaler(str(staging))
+        if self.is_fsdp_enabled or self.args.should_save:
+            save_state(
+                staging / checkpoints.WEIGHTS, cast(nn.Module, self.model), self.optimizer, sharded=self.is_fsdp_enabled
+            )
         self._save_rng_state(str(staging))
         if self.args.process_index == 0:
+            torch.save(self.lr_scheduler.state_dict(), staging / _SCHEDULER)  # type: ignore[union-attr]
             self.state.save_to_json(str(staging / checkpoints.STATE))
             (staging / checkpoints.DATA).write_text(json.dumps(self.loader.state))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # Without training_args.bin, which is a pickle.
-        if self.args.should_save:
-            save_weights(self.accelerator.unwrap_model(self.model), Path(str(output_dir)), state_dict)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing yet: the weights come with the optimizer's state, when both are in their places."""
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A tied head is not in the file; anything else missing would leave weights of another step in place.
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        missing = set(load_result.missing_keys) - tied
-        assert not missing, missing
-        assert not load_result.unexpected_keys, load_result.unexpected_keys
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        folder = Path(checkpoint)
+        load_state(
+            folder / checkpoints.WEIGHTS, cast(nn.Module, self.model), self.optimizer, sharded=self.is_fsdp_enabled
+        )
+        self.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
 
 def save_weights(model: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -213,7 +213,10 @@ def interrupted(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, output
     return recipe
 
 
-@pytest.mark.parametrize("damage", ["truncate", "optimizer.pt", "rng_state.pth", "scheduler.pt", "manifest.json"])
+WEIGHTS = "weights/shard-00001-model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize("damage", ["truncate", WEIGHTS, "rng_state.pth", "scheduler.pt", "manifest.json"])
 def test_resume_steps_back_over_a_broken_checkpoint_and_says_so(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -221,7 +224,7 @@ def test_resume_steps_back_over_a_broken_checkpoint_and_says_so(
     place = RunFolder(recipe).stages[0]
     newest = checkpoints.path_of(place.checkpoints, 4)
     if damage == "truncate":
-        file = newest / "model.safetensors"
+        file = newest / WEIGHTS
         file.write_bytes(file.read_bytes()[:-1] + b"\0")
     else:
         (newest / damage).unlink()
@@ -232,16 +235,16 @@ def test_resume_steps_back_over_a_broken_checkpoint_and_says_so(
         assert [step for step, _ in losses(place.log)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_checkpoint_without_its_optimizer_does_not_verify_even_with_a_fitting_manifest(
+def test_a_checkpoint_without_its_weights_does_not_verify_even_with_a_fitting_manifest(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = RunFolder(interrupted(make_recipe, monkeypatch)).stages[0]
     newest = checkpoints.path_of(place.checkpoints, 4)
     manifest = json.loads((newest / "manifest.json").read_text())
-    del manifest["files"]["optimizer.pt"]
+    del manifest["files"][WEIGHTS]
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    (newest / "optimizer.pt").unlink()
-    assert checkpoints.problems(newest) == [f"{newest}: no optimizer state"]
+    (newest / WEIGHTS).unlink()
+    assert checkpoints.problems(newest) == [f"{newest}: no weights and optimizer state (weights)"]
 
 
 def test_resume_from_a_path_and_never(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
