@@ -15,10 +15,12 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
-@pytest.mark.parametrize("module", ["test_triton_gla.py", "test_triton_gsa.py", "test_triton_gsa_walk.py"])
+@pytest.mark.parametrize(
+    "module", ["gates", "gla", "gsa", "gsa_walk"]
+)
 def test_in_the_interpreter(module):
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(HERE / module)],
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(HERE / f"test_triton_{module}.py")],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

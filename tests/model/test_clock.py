@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2r.model import assign_mixers, parse_options
-from t2r.model.mixers.gsa import clock, written_slot
+from t2r_kernels.gsa.gates import clock, written_slot
 
 SINKS, RING = 3, 6
 CLOCKED = {"name": "gsa", "slots": SINKS + RING, "sinks": SINKS, "clock_amplitude": 30.0, "sink_amplitude": 30.0}

@@ -1,4 +1,4 @@
-"""Gated Slot Attention: `gsa` over sequences, `gsa_step` for one decoded token."""
+"""Gated Slot Attention: `gsa` over sequences, `gsa_step` for one decoded token, `gsa_gates` for their log alpha."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .chunk import gsa_chunk
+from .gates import gsa_gates
 from .naive import State, gsa_naive, gsa_step_torch
 
 
@@ -138,4 +139,4 @@ def _check_visible(op: str, visible: Tensor | None, k: Tensor) -> None:
         raise ValueError(f"{op}: visible is {visible.dtype} on {visible.device}, must be int32 on {k.device} like k")
 
 
-__all__ = ["gsa", "gsa_step"]
+__all__ = ["gsa", "gsa_gates", "gsa_step"]

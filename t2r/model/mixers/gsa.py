@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from t2r.model.mixers.base import MixerOptions, RecurrentMixer, Rotary, States, head_shape, rotate
 from t2r.model.sequence import SequenceInfo
-from t2r_kernels import gsa, gsa_step
+from t2r_kernels import gsa, gsa_gates, gsa_step
 
 TRANSFER_ONLY = ("sinks", "ring", "clock_amplitude", "sink_amplitude", "half_lives")
 PAPER_ONLY = ("tau", "norm_eps")
@@ -126,23 +126,21 @@ class GSAMixer(RecurrentMixer):
         self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, info: SequenceInfo
     ) -> States:
         """q, k, v, log_alpha [B, T, H, M] and, for transfer, how many slots each token sees [B, T]."""
-        gate = self.gate_proj(hidden_states).float().unflatten(-1, (self.heads, -1))
-        visible: States = ()
+        gate = self.gate_proj(hidden_states).unflatten(-1, (self.heads, -1))
         if self.options.style == "paper":
-            q, k, v = F.silu(q), F.silu(k), F.silu(v)
-            log_alpha = F.logsigmoid(gate) / self.options.tau
-        else:
-            q, k = rotate(q, k, rotary)
-            log_alpha = self._transfer_gates(gate, info.position)
-            visible = ((info.position + 1).clamp(max=self.options.slots).int(),)
-        if info.mask is not None:
-            log_alpha = log_alpha.masked_fill(~info.mask[:, :, None, None], 0.0)
-        return q, k, v, log_alpha, *visible
-
-    def _transfer_gates(self, gate: Tensor, position: Tensor) -> Tensor:
-        beat = clock(position, self.options.slots, self.options.sinks, self.options.ring)[:, :, None]
-        log_alpha = F.logsigmoid(gate + self.gate_bias.float() + self.clock_amplitude.float() * beat)
-        return log_alpha.masked_fill(position[:, :, None, None] == 0, -math.inf)
+            log_alpha = gsa_gates(gate, tau=self.options.tau, mask=info.mask)
+            return F.silu(q), F.silu(k), F.silu(v), log_alpha
+        log_alpha = gsa_gates(
+            gate,
+            bias=self.gate_bias,
+            amplitude=self.clock_amplitude,
+            position=info.position,
+            sinks=self.options.sinks,
+            ring=self.options.ring,
+            mask=info.mask,
+        )
+        visible = (info.position + 1).clamp(max=self.options.slots).int()
+        return *rotate(q, k, rotary), v, log_alpha, visible
 
     def scan(
         self, inputs: States, state: States | None, output_final_state: bool, cu_seqlens: Tensor | None
@@ -177,18 +175,3 @@ class GSAMixer(RecurrentMixer):
         """As `Mixer.state_shapes`: K and V."""
         _, heads, dim = head_shape(config)
         return [(heads, options.slots, dim)] * 2
-
-
-def clock(position: Tensor, slots: int, sinks: int, ring: int) -> Tensor:
-    """[B, T, M] float32 from position [B, T]: -1 in the slot that a token writes, +1 elsewhere in sinks and ring, 0 in
-    the long-lived slots."""
-    slot = torch.arange(slots, device=position.device)
-    beat = torch.where(slot == written_slot(position, sinks, ring)[..., None], -1.0, 1.0)
-    return torch.where(slot < sinks + ring, beat, 0.0)
-
-
-def written_slot(position: Tensor, sinks: int, ring: int) -> Tensor:
-    """The slot that each token writes: its own while there are sinks left, then around the ring; without a ring, none
-    (slot number `sinks`)."""
-    around = (position - sinks) % ring if ring else 0
-    return torch.where(position < sinks, position, sinks + around)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2r.model.mixers.base import States
-from t2r.model.mixers.gsa import written_slot
 from t2r.model.sequence import SequenceInfo
+from t2r_kernels.gsa.gates import written_slot
 
 
 @dataclass(frozen=True)
