@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
 from t2r.convert import convert
@@ -32,28 +33,10 @@ from t2r.train.documents import read_documents
 from t2r_evals.language import measure
 from t2r_evals.provenance import machine, versions
 
-TEACHER = "the host's attention"
-MIXERS: dict[str, str] = {
-    TEACHER: "{name: softmax}",
-    "softmax, sinks + window": "{name: softmax, sinks: 4, window: 60}",
-    "gsa transfer": "{name: gsa}",
-    "gsa transfer, 96 slots": "{name: gsa, slots: 96}",
-    "gsa transfer, half ring": "{name: gsa, ring: 30}",
-    "gsa paper": "{name: gsa, style: paper}",
-    "hybrid, gsa": "{name: hybrid}",
-    "hybrid, gla pooled": "{name: hybrid, recurrent: {name: gla, gate: pooled}}",
-    "abc": "{name: abc}",
-    "gla": "{name: gla}",
-    "gla pooled": "{name: gla, gate: pooled}",
-    "retnet": "{name: retnet}",
-    "hgrn2": "{name: hgrn2}",
-    "mamba2": "{name: mamba2}",
-    "linear elu": "{name: linear, map: elu}",
-    "linear relu": "{name: linear, map: relu}",
-    "linear t2r": "{name: linear, map: t2r}",
-    "linear hedgehog": "{name: linear, map: hedgehog}",
-    "linear supra": "{name: linear, map: supra}",
+ROWS: dict[str, dict[str, Any]] = {
+    row["name"]: row for row in yaml.safe_load((Path(__file__).parent / "mixers" / "rows.yaml").read_text())
 }
+TEACHER = "softmax"
 TRAINING, LONG = (16, 2048), (1, 32768)  # sequences and their tokens in one call
 DECODING = 16  # sequences in a step
 
@@ -61,14 +44,13 @@ DECODING = 16  # sequences in a step
 def sizes(name: str) -> tuple[int, int, int]:
     """Of a Mistral-7B with the mixer in every layer: new parameters, state bytes of a sequence, and of each token."""
     host = MistralConfig(sliding_window=None, dtype="bfloat16")
-    options = parse_options(load_recipe("demo", [f"mixer={MIXERS[name]}"]).mixer[0].stored())
-    told = describe(student_config(host, assign_mixers(options, host.num_hidden_layers)))
+    told = describe(student_config(host, assign_mixers(parse_options(ROWS[name]["options"]), host.num_hidden_layers)))
     return told["parameters"]["mixer"], told["state_bytes"], told["kv_bytes_per_token"]
 
 
 def recover(name: str, folder: Path) -> dict[str, Any]:
     """Losses in nats, over all tokens and over far repeats, before and after the stages of the demo."""
-    overrides = [f"mixer={MIXERS[name]}", f"output={folder / slug(name)}"]
+    overrides = [f"mixer={json.dumps(ROWS[name]['options'])}", f"output={folder / slug(name)}"]
     recipe = load_recipe("demo", overrides + [f"stages.{i}.evaluate_every=null" for i in (0, 1)])
     source = resolve(recipe.model.source)
     if name == TEACHER:
@@ -93,7 +75,7 @@ def language(model: Path | str, recipe: Any) -> dict[str, float]:
 def time_layer(name: str, folder: Path) -> dict[str, Any]:
     """Milliseconds of the attention's or mixer's whole module, projections included, in bfloat16."""
     host = MistralConfig(sliding_window=None, num_hidden_layers=1, vocab_size=64, dtype="bfloat16")
-    options = load_recipe("demo", [f"mixer={MIXERS[name]}"]).mixer
+    options = parse_options(ROWS[name]["options"])
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(student_config(host, assign_mixers(options, 1)), dtype=torch.bfloat16)
     found = {}
@@ -158,7 +140,7 @@ def milliseconds(call: Callable[[], None], repeats: int = 10) -> float:
 
 def slug(name: str) -> str:
     """A mixer's name as that of a file."""
-    return name.replace(" ", "-").replace(",", "").replace("'", "").replace("+", "and")
+    return name.replace(" ", "-").replace(",", "")
 
 
 def stored(kind: str, name: str, folder: Path) -> dict[str, Any]:
@@ -172,38 +154,55 @@ def stored(kind: str, name: str, folder: Path) -> dict[str, Any]:
 
 
 def table(folder: Path) -> str:
-    """Everything that the folder holds."""
-    rows = {
-        kind: {name: json.loads(path.read_text()) for name in MIXERS if (path := found_path(kind, name, folder))}
+    """Everything that the folder holds, and where it was measured."""
+    found = {
+        kind: {name: json.loads(path.read_text()) for name in ROWS if (path := found_path(kind, name, folder))}
         for kind in ("recovery", "speed")
     }
-    teacher = rows["recovery"].get(TEACHER, {}).get("start")
+    teacher = found["recovery"].get(TEACHER, {}).get("start")
     lines = [
-        "| mixer | new parameters | state, MiB | start | after the demo | far repeats: start | after the demo "
-        "| 16 x 2,048, ms | 1 x 32,768, ms | step, ms |",
-        "|---|" + "---:|" * 9,
+        "| mixer | computes | starts as | new parameters | state per sequence | demo: loss | demo: far repeats "
+        "| forward + backward, 16 x 2,048 / 1 x 32,768 | decoding step | choose it |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for name in MIXERS:
+    for name, row in ROWS.items():
         new, state, per_token = sizes(name)
-        cells = [f"{new / 1e6:.2f} M", f"{state / 2**20:.1f}" if not per_token else f"{per_token:,} B per token"]
-        losses = rows["recovery"].get(name, {})
-        for key in ("loss", "far_repeats"):
-            for when in ("start", "end"):
-                known = when in losses and teacher is not None and name != TEACHER
-                cells.append(f"+{losses[when][key] - teacher[key]:.3f}" if known else "")
-        times = rows["speed"].get(name, {})
-        for key in ("train", "train_long", "step"):
-            cells.append("" if key not in times else "no memory" if times[key] is None else f"{times[key]:.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    told = [f"Losses above the teacher's {teacher['loss']:.3f}, and {teacher['far_repeats']:.3f} on far repeats."]
-    for kind, found in rows.items():
-        where = {
-            f"{row['machine'].get('GPU') or row['machine']['processor']}, {row['machine']['cores']} CPU cores, torch "
-            f"{row['versions']['torch']}"
-            for row in found.values()
-        }
-        told += [f"{kind}: {' / '.join(sorted(where))}."]
-    return "\n".join([*lines, "", *told])
+        memory = f"{per_token:,} B per token" if per_token else f"{state:,} B"
+        losses, times = found["recovery"].get(name, {}), found["speed"].get(name, {})
+        shown = [" / ".join(duration(times, key) for key in keys) for keys in (("train", "train_long"), ("step",))]
+        if name == TEACHER:
+            recovered = ["", ""]
+        else:
+            recovered = [above(losses, teacher, key) for key in ("loss", "far_repeats")]
+        cells = [f"`{name}`", row["computes"], row["start"], f"{new:,}", memory, *recovered, *shown, row["choose"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    if teacher:
+        lines += ["", f"The teacher's loss is {teacher['loss']:.3f}, on far repeats {teacher['far_repeats']:.3f}."]
+    return "\n".join([*lines, *(place(kind, rows) for kind, rows in found.items() if rows)])
+
+
+def above(losses: dict[str, Any], teacher: dict[str, float] | None, key: str) -> str:
+    """A loss before and after the demo, above the teacher's."""
+    if teacher is None or "end" not in losses:
+        return ""
+    return " → ".join(f"+{losses[when][key] - teacher[key]:.3f}" for when in ("start", "end"))
+
+
+def duration(times: dict[str, Any], key: str) -> str:
+    """A time in milliseconds, or why there is none."""
+    if key not in times:
+        return ""
+    return "no memory" if times[key] is None else f"{times[key]:.2f} ms"
+
+
+def place(kind: str, rows: dict[str, dict[str, Any]]) -> str:
+    """Where a column was measured."""
+    places = {
+        f"{row['machine'].get('GPU') or row['machine']['processor']}, {row['machine']['cores']} CPU cores, torch "
+        f"{row['versions']['torch']}, triton {row['versions'].get('triton')}"
+        for row in rows.values()
+    }
+    return f"{kind.capitalize()} measured on: {'; '.join(sorted(places))}."
 
 
 def found_path(kind: str, name: str, folder: Path) -> Path | None:
@@ -217,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["recovery", "speed", "table"])
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "mixers")
-    parser.add_argument("--only", nargs="+", choices=list(MIXERS), default=list(MIXERS))
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--jobs", type=int, default=1, help="mixers trained at the same time")
     arguments = parser.parse_args()
     if arguments.kind == "table":

@@ -1,6 +1,5 @@
 """What a student is made of, from its configuration alone."""
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -32,7 +31,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
         options = parse_options(entry)
         kind = MIXERS[options.name]
         names.append(" ".join([options.name, *([options.style] if hasattr(options, "style") else [])]))
-        state_bytes += sum(map(math.prod, kind.state_shapes(config, options))) * kind.state_dtype(config).itemsize
+        state_bytes += kind.state_bytes(config, options)
     return {
         "model_type": config.model_type,
         "layers": names,

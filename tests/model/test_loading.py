@@ -98,6 +98,17 @@ def test_describe_counts_what_the_model_has(student):
     assert told["kv_bytes_per_token"] * 3 == told["teacher_kv_bytes_per_token"] * layers
 
 
+def test_state_bytes_are_those_of_a_bfloat16_student(mistral):
+    """Recurrent states stay in float32, the window's keys and values do not."""
+    if None in mistral.config.mixers:
+        pytest.skip("a layer keeps the host's growing cache")
+    student = mistral.to(torch.bfloat16)
+    student.config.dtype = torch.bfloat16
+    with torch.no_grad():
+        cache = student(torch.arange(3, 40)[None], use_cache=True).past_key_values
+    assert cache.state_bytes() == describe(student.config)["state_bytes"]
+
+
 def test_load_takes_students_and_refuses_what_is_none(students, tmp_path, embedded_teacher):
     students().save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="cannot be loaded"):  # no tokenizer

@@ -1,6 +1,7 @@
 """What every mixer is: options, a module built from the host's attention, a state of constant size."""
 
 import difflib
+import math
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -111,6 +112,11 @@ class Mixer(nn.Module):
     def state_dtype(cls, config: PreTrainedConfig) -> torch.dtype:
         """The states' dtype."""
         return torch.float32
+
+    @classmethod
+    def state_bytes(cls, config: PreTrainedConfig, options: Any) -> int:
+        """Bytes of the states of one sequence in one layer."""
+        return sum(map(math.prod, cls.state_shapes(config, options))) * cls.state_dtype(config).itemsize
 
     @classmethod
     def make_cache_layer(cls, config: PreTrainedConfig, options: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from t2r.model.mixers.base import Mixer, MixerOptions, RecurrentMixer, Rotary, States, head_shape, rotate
 from t2r.model.mixers.gla import GLAMixer, GLAOptions
 from t2r.model.mixers.gsa import GSAMixer, GSAOptions
+from t2r.model.mixers.softmax import SoftmaxMixer, SoftmaxOptions
 from t2r.model.mixers.window import Window
 from t2r.model.sequence import SequenceInfo
 
@@ -114,3 +115,10 @@ class HybridMixer(Mixer):
         _, heads, dim = head_shape(config)
         inner = _HALVES[options.recurrent.name].state_shapes(config, options.recurrent)
         return inner + [(heads, options.sinks + options.window, dim)] * 2
+
+    @classmethod
+    def state_bytes(cls, config: PreTrainedConfig, options: HybridOptions) -> int:
+        """As `Mixer.state_bytes`; the window keeps its keys and values as they were computed."""
+        window = SoftmaxOptions(sinks=options.sinks, window=options.window)
+        inner = _HALVES[options.recurrent.name].state_bytes(config, options.recurrent)
+        return inner + SoftmaxMixer.state_bytes(config, window)
