@@ -46,7 +46,7 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],
         max_grad_norm=stage.clip or 0.0,
-        bf16=stage.precision == "bf16",
+        bf16=False,  # precision is the trainer's own autocast
         use_cpu=not torch.accelerator.is_available(),
         seed=recipe.seed,
         logging_steps=stage.log_every,

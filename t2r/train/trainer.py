@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import AutocastKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -73,8 +73,6 @@ class StageTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
         self._checked_step = -1
-        # Every weight is used once in a pass. A cache would only keep the bf16 copies of all of them until its end.
-        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.is_fsdp_enabled:
             shard(self.accelerator.state.fsdp_plugin, model, stage, distributed)
 
@@ -105,12 +103,22 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        mean = model(**inputs, **self.objective.prepare(inputs))
+        prepared = self.objective.prepare(inputs)
+        with self._autocast():
+            mean = model(**inputs, **prepared)
         # Every label of the optimiser step weighs the same, whatever micro-batch and device it is on; DDP and FSDP
         # average over devices, hence the factor.
         assert num_items_in_batch is not None
         share = count(inputs) / num_items_in_batch
         return mean * share * self.accelerator.num_processes
+
+    def _autocast(self) -> torch.autocast:
+        """The stage's precision. Not accelerate's autocast, which FSDP2 goes without.
+
+        Every weight is used once in a pass: a cache would only keep the bf16 copies of all of them until its end.
+        """
+        low = self.stage.precision == "bf16"
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -144,7 +152,8 @@ class StageTrainer(Trainer):
         for start in range(0, len(self.validation), size * world):
             rows = self.validation[start + rank * size : start + (rank + 1) * size]
             batch = self._prepare_inputs(collate(rows or self.validation[:1]))
-            loss = model(**batch, validation=True)
+            with self._autocast():
+                loss = model(**batch, validation=True)
             if rows:
                 total += torch.stack([loss.double(), count(batch).double()])
         total = self.accelerator.reduce(total, "sum")
