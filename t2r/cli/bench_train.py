@@ -37,6 +37,7 @@ MISTRAL_7B: dict[str, Any] = {
 @click.option("--top-k", type=int, default=256, show_default=True, help="Of distill; 0: the whole vocabulary.")
 @click.option("--fused/--unfused", default=True, show_default=True, help="liger-kernel, where it is installed.")
 @click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
+@click.option("--gather", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of FSDP2.")
 @click.option("--warmup", type=click.IntRange(1), default=2, show_default=True, help="Steps before the clock starts.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps that are timed.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Folder for the operations of one step of each row.")
@@ -156,7 +157,7 @@ def _recipe(row: dict[str, Any], micro: int, steps: int, options: dict[str, Any]
         "mixer": {"name": kind, **mixer},
         "data": {"source": "random"},
         "stages": [stage],
-        "distributed": {"fsdp": row["train"] == "full"},
+        "distributed": {"fsdp": row["train"] == "full", "gather": options["gather"]},
         "output": "random",
     }
     return parse_recipe(json.dumps(content), name="t2r bench train")

@@ -87,4 +87,9 @@ def _sharding(recipe: Recipe, stage: Stage, number: int) -> dict[str, Any]:
         return {}
     if stage.adapter is not None:
         raise InputError("distributed.fsdp: not together with an adapter; leave fsdp out (DDP) for that stage's run")
-    return {"fsdp": True, "fsdp_config": {"version": 2}}
+    return {
+        "fsdp": True,
+        "fsdp_config": {"version": 2},
+        # Else the gradients of a step's micro-batches are summed up unsharded, as large as the model.
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    }

@@ -18,6 +18,7 @@ from t2r.resources import resolve
 from t2r.train import checkpoints
 from t2r.train.arguments import processes, training_arguments
 from t2r.train.documents import Source, open_source, read_documents
+from t2r.train.fused import fuse
 from t2r.train.objectives import make_objective
 from t2r.train.outputs import device_name, is_current, publish_student, versions, write_summary
 from t2r.train.packing import Batches, Loader, PackedRows, State, validation_windows
@@ -69,6 +70,8 @@ def finetune(recipe: Recipe, *, resume: Resume | str = "auto") -> Path:
                     teacher = None
                 elif teacher is None:
                     teacher = _load_teacher(recipe, args)
+                if teacher is not None and stage.fused:
+                    fuse(teacher, args.device)
                 run = _StageRun(recipe, stage, place, args, stop)
                 run.train(before, teacher, source, data_state, validation)
                 state.wait_for_everyone()

@@ -20,6 +20,7 @@ from t2r.model import assign_mixers, student_config
 from t2r.recipe import FinetuneStage, Recipe
 from t2r.train.arguments import processes, training_arguments
 from t2r.train.flops import training_flops
+from t2r.train.fused import fuse
 from t2r.train.objectives import make_objective
 from t2r.train.packing import IGNORE, Row, collate
 from t2r.train.parameters import make_trainable
@@ -52,6 +53,8 @@ def measure_stage(
     teacher = None
     if not isinstance(stage, FinetuneStage):
         teacher = _build(host, getattr(torch, recipe.model.dtype), device).eval().requires_grad_(False)
+        if stage.fused:
+            fuse(teacher, device)
     mixers = assign_mixers(recipe.mixer, host.num_hidden_layers)
     student = _build(student_config(host, mixers), torch.float32, device)
     objective = make_objective(stage, teacher)
