@@ -1,11 +1,11 @@
-"""Measure every mixer and print the table of docs/mixers.md.
+"""Measure every mixer and write the table of docs/mixers.md.
 
     python docs/measure_mixers.py recovery FOLDER [--jobs 10] [--only NAME ...]   # the demo, with another mixer each
     python docs/measure_mixers.py speed FOLDER [--only NAME ...]                  # one layer of a Mistral-7B; a GPU
-    python docs/measure_mixers.py table [FOLDER]                                  # what was measured, as Markdown
+    python docs/measure_mixers.py table [FOLDER]                                  # what was measured, into mixers.md
 
-FOLDER keeps one JSON per mixer and measurement; what is there is not measured again. docs/mixers holds the published
-ones.
+FOLDER keeps recovery.json, speed.json and the runs; what is there is not measured again. docs/mixers has the published
+two.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ ROWS: dict[str, dict[str, Any]] = {
     row["name"]: row for row in yaml.safe_load((Path(__file__).parent / "mixers" / "rows.yaml").read_text())
 }
 TEACHER = "softmax"
+PAGE = Path(__file__).parent / "mixers.md"
+BEGIN, END = "<!-- table: python docs/measure_mixers.py table -->", "<!-- end of table -->"
 TRAINING, LONG = (16, 2048), (1, 32768)  # sequences and their tokens in one call
 DECODING = 16  # sequences in a step
 
@@ -50,7 +52,10 @@ def sizes(name: str) -> tuple[int, int, int]:
 
 def recover(name: str, folder: Path) -> dict[str, Any]:
     """Losses in nats, over all tokens and over far repeats, before and after the stages of the demo."""
-    overrides = [f"mixer={json.dumps(ROWS[name]['options'])}", f"output={folder / slug(name)}"]
+    overrides = [
+        f"mixer={json.dumps(ROWS[name]['options'])}",
+        f"output={folder / name.replace(', ', '-').replace(' ', '-')}",
+    ]
     recipe = load_recipe("demo", overrides + [f"stages.{i}.evaluate_every=null" for i in (0, 1)])
     source = resolve(recipe.model.source)
     if name == TEACHER:
@@ -72,7 +77,7 @@ def language(model: Path | str, recipe: Any) -> dict[str, float]:
     return {"loss": found.loss, "far_repeats": found.far_repeat_loss}
 
 
-def time_layer(name: str, folder: Path) -> dict[str, Any]:
+def time_layer(name: str) -> dict[str, Any]:
     """Milliseconds of the attention's or mixer's whole module, projections included, in bfloat16."""
     host = MistralConfig(sliding_window=None, num_hidden_layers=1, vocab_size=64, dtype="bfloat16")
     options = parse_options(ROWS[name]["options"])
@@ -138,27 +143,28 @@ def milliseconds(call: Callable[[], None], repeats: int = 10) -> float:
     return statistics.median(times[3:])
 
 
-def slug(name: str) -> str:
-    """A mixer's name as that of a file."""
-    return name.replace(" ", "-").replace(",", "")
+def take(kind: str, name: str, folder: Path) -> dict[str, Any]:
+    """One measurement, and where it was taken."""
+    found = recover(name, folder) if kind == "recovery" else time_layer(name)
+    return {"machine": machine(), "versions": versions()} | found
 
 
-def stored(kind: str, name: str, folder: Path) -> dict[str, Any]:
-    """The measurement `kind` of one mixer, taken now unless the folder has it."""
-    path = folder / f"{kind}-{slug(name)}.json"
-    if not path.is_file():
-        row = {"mixer": name, "machine": machine(), "versions": versions()}
-        row |= {"recovery": recover, "speed": time_layer}[kind](name, folder)
-        path.write_text(json.dumps(row, indent=1) + "\n")
-    return json.loads(path.read_text())
+def load_rows(kind: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows measured so far, by mixer."""
+    path = folder / f"{kind}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def add_row(kind: str, folder: Path, name: str, measured: dict[str, Any]) -> None:
+    """Keep one more row, in the order of the table."""
+    rows = load_rows(kind, folder) | {name: measured}
+    (folder / f"{kind}.json").write_text(json.dumps({key: rows[key] for key in ROWS if key in rows}, indent=1) + "\n")
+    print(name, {key: value for key, value in measured.items() if key not in ("machine", "versions")}, flush=True)
 
 
 def table(folder: Path) -> str:
     """Everything that the folder holds, and where it was measured."""
-    found = {
-        kind: {name: json.loads(path.read_text()) for name in ROWS if (path := found_path(kind, name, folder))}
-        for kind in ("recovery", "speed")
-    }
+    found = {kind: load_rows(kind, folder) for kind in ("recovery", "speed")}
     teacher = found["recovery"].get(TEACHER, {}).get("start")
     lines = [
         "| mixer | computes | starts as | new parameters | state per sequence | demo: loss | demo: far repeats "
@@ -205,34 +211,30 @@ def place(kind: str, rows: dict[str, dict[str, Any]]) -> str:
     return f"{kind.capitalize()} measured on: {'; '.join(sorted(places))}."
 
 
-def found_path(kind: str, name: str, folder: Path) -> Path | None:
-    """Where a measurement lies, or None."""
-    path = folder / f"{kind}-{slug(name)}.json"
-    return path if path.is_file() else None
-
-
 def main() -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["recovery", "speed", "table"])
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "mixers")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--jobs", type=int, default=1, help="mixers trained at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="mixers measured at the same time; for times, one")
     arguments = parser.parse_args()
     if arguments.kind == "table":
-        print(table(arguments.folder))
+        before, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{table(arguments.folder)}\n{END}{rest.split(END)[1]}")
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    if arguments.kind == "speed":
-        for name in arguments.only:
-            print(stored("speed", name, arguments.folder), flush=True)
+    wanted = [name for name in arguments.only if name not in load_rows(arguments.kind, arguments.folder)]
+    if arguments.jobs == 1:
+        for name in wanted:
+            add_row(arguments.kind, arguments.folder, name, take(arguments.kind, name, arguments.folder))
         return
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     context = get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        futures = [pool.submit(stored, "recovery", name, arguments.folder) for name in arguments.only]
-        for future in futures:
-            print(future.result(), flush=True)
+        futures = {pool.submit(take, arguments.kind, name, arguments.folder): name for name in wanted}
+        for future in as_completed(futures):
+            add_row(arguments.kind, arguments.folder, futures[future], future.result())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from t2r.publish import verify_manifest
 from tests.convert.conftest import edit_json
 from tests.convert.fla_models import CONFIGS, SLOTS, VOCABULARY, make_fla, reference_logits
 
-KINDS = list(CONFIGS)
-
 
 @pytest.mark.parametrize(
     ("kind", "layout", "norm_eps"),
@@ -136,14 +134,14 @@ def test_what_fla_cannot_be(t2r, hosts, tmp_path, kind, mixer, words):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm_eps", [1e-5, 1e-6])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "norm_eps"), [("gsa", 1e-5), ("gsa", 1e-6), ("gla", 1e-6), ("abc", 1e-6)])
 def test_logits_equal_flas_own_on_a_gpu(tmp_path, kind, norm_eps):
     """As near to the exact logits as fla's own model is, and to it as near as bfloat16 allows."""
     if not torch.cuda.is_available():
         pytest.skip("SKIPPED FOR LACK OF A GPU: fla's own logits are not compared")
     models = pytest.importorskip("fla.models", reason="SKIPPED FOR LACK OF fla: install flash-linear-attention")
-    source = make_fla(tmp_path / "fla", kind, norm_eps=norm_eps)
+    # without the fused kernels that tune themselves for a minute
+    source = make_fla(tmp_path / "fla", kind, norm_eps=norm_eps, fuse_norm=False, fuse_swiglu=False)
     convert(source, tmp_path / "student", mixers=None, dtype=None)
     theirs = getattr(models, CONFIGS[kind]["architectures"][0]).from_pretrained(source, dtype=torch.bfloat16)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
