@@ -35,51 +35,51 @@ from .common import (
     ROWS,
     SCALAR,
     Plan,
+    add_dot,
     advance,
     load_gate,
     load_state,
     load_weight,
     pad,
     pair_decay,
-    pair_scores,
     tile_decays,
     to_rows,
 )
+from .pairs import load_pairs
 
 
 @triton.jit
 def tile_gradient(
-    rb, yb, b, x, t, d,
+    rb, yb, b, x, t, d, dy, flow,
     LOG_SUB: tl.constexpr, BG: tl.constexpr, KIND: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
     PREC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Pairs of one tile, given b[row, i] = p_t . x_i: dr [rows, BR], d(w y) [SUB, BR], and what crosses each token
-    [SUB, BR] (for a scalar gate summed over d and kept in the column d = 0)."""
+    """Pairs of one tile, given b[row, i] = p_t . x_i and rb in fp32: dr [rows, BR]; and added to what came in, d(w y)
+    [SUB, BR] and what crosses each token [SUB, BR] (for a scalar gate summed over d and kept in the column d = 0)."""
     i = tl.arange(0, x.shape[0])
-    flow = tl.zeros(x.shape, tl.float32)
     if KIND == ROWS:
         high, low = split(x, SPLIT)
         same = tl.where(t[:, None] == i[None, :], b, 0.0).to(CT)
         dr = dot(same, yb, CT, PREC)
-        dy = dot(tl.trans(same), rb, CT, PREC)
+        dy = add_dot(dy, tl.trans(same), rb, CT, PREC)
         for level in range(LOG_SUB):
             right = to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
             after = suffix_decay(i, high, low, level, SPLIT, EXACT)
             pairs = tl.where(pairs_at(t, i, level), b, 0.0).to(CT)
-            reader = rb.to(tl.float32) * right
+            reader = rb * right
             got = dot(pairs, yb * after, CT, PREC)
             dr += got * right
             gave = dot(tl.trans(pairs), reader, CT, PREC) * after
             dy += gave
             # A read crosses its (right) block up to itself, a write the rest of its (left) block.
             block = (t >> level)[None, :] == (i >> level)[:, None]
-            flow += dot(tl.where(block & (t[None, :] >= i[:, None]), 1.0, 0.0), reader * got, CT, PREC)
+            flow = add_dot(flow, tl.where(block & (t[None, :] >= i[:, None]), 1.0, 0.0), reader * got, CT, PREC)
             beside = ((i >> level)[:, None] == (i >> level)[None, :]) & (i[None, :] < i[:, None])
-            flow += dot(tl.where(beside, 1.0, 0.0), yb * gave, CT, PREC)
+            flow = add_dot(flow, tl.where(beside, 1.0, 0.0), yb * gave, CT, PREC)
     else:
         pairs = b * pair_decay(x, BG, KIND, SPLIT, EXACT)
         dr = dot(pairs, yb, CT, PREC)
-        dy = dot(tl.trans(pairs.to(CT)), rb, CT, PREC)
+        dy = add_dot(dy, tl.trans(pairs.to(CT)), rb, CT, PREC)
         if KIND == SCALAR:
             terms = pairs * dot(rb, tl.trans(yb), CT, PREC)
             later = dot(tl.where(t[None, :] >= i[:, None], 1.0, 0.0), terms, CT, PREC)
@@ -109,18 +109,18 @@ def gated_gradient_kernel(
     k = tl.arange(0, BR)
     d = part * BR + k
     e = tl.arange(0, BX)
-    dstate = load_state(dstates, c, h, H, d, e, R, X)
+    dstate = load_state(dstates, c, h, H, d, e, R, X, True)
     count = ((stop - start + SUB - 1) // SUB).to(tl.int32)
     for step in range(count):
         tile = count - 1 - step
         first = start + tile * SUB
         token = (first + i) * H + h
         valid = (first + i) < stop
-        state = load_state(states, c, h, H, d, e, R, X)
+        state = load_state(states, c, h, H, d, e, R, X, True)
         for j in range(tile):
             state = advance(
                 state, y, x, write, gate, start + j * SUB, stop, h, H, d, e,
-                R, X, SUB, LOG_SUB, KIND, WEIGHTED, CT, SPLIT, PREC, EXACT,
+                R, X, SUB, LOG_SUB, True, KIND, WEIGHTED, CT, SPLIT, PREC, EXACT,
             )  # fmt: skip
         g = load_gate(gate, first, stop, h, H, d, R, SUB, KIND)
         before, after, total = tile_decays(g, LOG_SUB, KIND, SPLIT, EXACT)
@@ -132,28 +132,27 @@ def gated_gradient_kernel(
         xb = load_rows(x, token, valid, X, e, CT)
         sb = state.to(CT)
         db = dstate.to(CT)
-        dyb = dot(xb, tl.trans(db), CT, PREC) * after
+        dyb = dot(xb, db, CT, PREC) * after
         # Writes before the tile or in it that are read after it.
         flow = dot(tl.where(i[None, :] < i[:, None], 1.0, 0.0), yb * dyb, CT, PREC)
-        flow += (tl.sum(state * dstate, 1) * total)[None, :]
-        dstate = dstate * total[:, None]
+        flow += (tl.sum(state * dstate, 0) * total)[None, :]
+        dstate = dstate * total[None, :]
         for group in range(GROUP_TILES):
             t, row, row_valid = row_offsets(first, stop, h, group * BG, HQ, G, SUB, BG)
-            rb = load_rows(r, row, row_valid, R, d, CT)
+            rb = load_rows(r, row, row_valid, R, d, tl.float32) * scale
             pb = load_rows(p, row, row_valid, X, e, CT)
             before_rows = to_rows(before, BG)
-            got = dot(pb, tl.trans(sb), CT, PREC) * before_rows
+            got = dot(pb, sb, CT, PREC) * before_rows
+            if KIND != NONE:
+                flow = add_dot(flow, tl.where(t[None, :] >= i[:, None], 1.0, 0.0), rb * got, CT, PREC)
             b = dot(pb, tl.trans(xb), CT, PREC)
-            drb, tile_dy, crossing = tile_gradient(rb, yb, b, g, t, k, LOG_SUB, BG, KIND, CT, SPLIT, PREC, EXACT)
+            drb, dyb, flow = tile_gradient(
+                rb, yb, b, g, t, k, dyb, flow, LOG_SUB, BG, KIND, CT, SPLIT, PREC, EXACT
+            )  # fmt: skip
             if STORE_DR:
                 mask = row_valid[:, None] & (d < R)[None, :]
                 tl.store(dr + row[:, None] * R + d[None, :], scale * (drb + got), mask=mask)
-            dyb += scale * tile_dy
-            if KIND != NONE:
-                reads = rb.to(tl.float32) * got
-                crossing += dot(tl.where(t[None, :] >= i[:, None], 1.0, 0.0), reads, CT, PREC)
-                flow += scale * crossing
-            dstate += scale * dot(tl.trans((rb.to(tl.float32) * before_rows).to(CT)), pb, CT, PREC)
+            dstate = add_dot(dstate, tl.trans(pb), rb * before_rows, CT, PREC)
         cell = token[:, None] * R + d[None, :]
         mask = valid[:, None] & (d < R)[None, :]
         if KIND == ROWS:
@@ -171,7 +170,7 @@ def gated_gradient_kernel(
 
 @triton.jit
 def plain_gradient_kernel(
-    r, p, y, write, gate, dstates, dx, bounds, T, NC, H, HQ, G, scale,
+    r, p, y, write, gate, pairs, dstates, dx, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     C: tl.constexpr, GROUP_TILES: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
     PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
@@ -186,7 +185,7 @@ def plain_gradient_kernel(
     i = tl.arange(0, SUB)
     d = tl.arange(0, BR)
     e = tl.program_id(1) * BX + tl.arange(0, BX)
-    dstate = load_state(dstates, c, h, H, d, e, R, X)
+    dstate = load_state(dstates, c, h, H, d, e, R, X, False)
     count = ((stop - start + SUB - 1) // SUB).to(tl.int32)
     for step in range(count):
         first = start + (count - 1 - step) * SUB
@@ -200,13 +199,13 @@ def plain_gradient_kernel(
         dxb = dot(yb * after, dstate, CT, PREC)
         dstate = dstate * total[:, None]
         for group in range(GROUP_TILES):
-            t, row, row_valid = row_offsets(first, stop, h, group * BG, HQ, G, SUB, BG)
+            _t, row, row_valid = row_offsets(first, stop, h, group * BG, HQ, G, SUB, BG)
             rb = load_rows(r, row, row_valid, R, d, CT)
             pb = load_rows(p, row, row_valid, X, e, CT)
-            a = pair_scores(rb, yb, g, t, LOG_SUB, BG, KIND, CT, SPLIT, PREC, EXACT)
-            dxb += scale * dot(tl.trans(a.to(CT)), pb, CT, PREC)
-            reads = rb.to(tl.float32) * to_rows(before, BG)
-            dstate += scale * dot(tl.trans(reads.to(CT)), pb, CT, PREC)
+            a = load_pairs(pairs, rb, yb, g, row, row_valid, scale, SUB, BG, KIND, CT, SPLIT, PREC, EXACT)
+            reads = rb.to(tl.float32) * to_rows(before * scale, BG)
+            dxb = add_dot(dxb, tl.trans(a.to(CT)), pb, CT, PREC)
+            dstate = add_dot(dstate, tl.trans(reads.to(CT)), pb, CT, PREC)
         tl.store(dx + token[:, None] * X + e[None, :], dxb, mask=valid[:, None] & (e < X)[None, :])
 
 
@@ -229,12 +228,12 @@ def gated_gradients(r, p, y, x, write, gate, states, dstates, scale, want_dr, pl
     return dr, dy, dgate, dwrite
 
 
-def plain_gradient(r, p, y, x, write, gate, dstates, scale, plan: Plan, chunks: Chunks, chunk: int):
+def plain_gradient(r, p, y, x, write, gate, pairs, dstates, scale, plan: Plan, chunks: Chunks, chunk: int):
     """dx."""
     dx = torch.empty_like(x)
     width, slices, options = launch.fit(launch.PLAIN_GRADIENT, plan, plan.X, plan.R)
     plain_gradient_kernel[(chunks.count * plan.heads, slices)](
-        r, p, y, write, gate, dstates, dx, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,
+        r, p, y, write, gate, pairs, dstates, dx, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, pad(plan.R), width,
         **plan.options(chunks, write), **options,
     )  # fmt: skip

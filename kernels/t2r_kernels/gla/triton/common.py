@@ -28,9 +28,7 @@ from ...gsa.triton.common import (
     Chunks,
     Numerics,
     choose_numerics,
-    dot,
     load_rows,
-    pairs_at,
     prefix_decay,
     split,
     suffix_decay,
@@ -51,6 +49,10 @@ class Plan:
     group_block: int  # query heads per tile, a power of two
     tile: int  # tokens
     numerics: Numerics
+
+    @property
+    def rows(self) -> int:
+        return self.tile * self.group_block
 
     @property
     def group_tiles(self) -> int:
@@ -75,16 +77,30 @@ def pad(size: int) -> int:
 
 
 def plan_for(gate: str, HQ: int, H: int, D: int, V: int, dtype: torch.dtype) -> Plan:
-    """The one configuration for these sizes. Tiles have 64 rows, the height of a Hopper matrix instruction (128 for
-    groups beyond four heads), and at least 16 tokens, its depth; in fp32, whose products take three passes, fewer."""
+    """The one configuration for these sizes.
+
+    Tiles have at least 16 tokens, the depth of a matrix instruction, and 64 rows, the height of one on Hopper; 128 for
+    groups beyond four heads and for wide states, which then spread over eight warps. Four warps take 64 rows and eight
+    take 128, never eight 64: Triton 3.6 was seen to compile that into wrong results and illegal accesses. In fp32,
+    whose products take three passes, tiles are smaller.
+    """
     numerics = choose_numerics(dtype)
     R, X = (V, D) if gate == "value" else (D, V)
     half = numerics.store != torch.float32
-    rows = 64 if half or pad(R) <= 128 else 32
-    group = min(triton.next_power_of_2(HQ // H), 8 if half else rows // 16)
+    wide = max(pad(R), pad(X)) > 128
+    if half:
+        group = min(triton.next_power_of_2(HQ // H), 8)
+        tile = max(16, min(64, (128 if wide else 64) // group))
+    else:
+        group = min(triton.next_power_of_2(HQ // H), 2 if wide else 4)
+        tile = max(16, 32 // group)
     kind = {"none": NONE, "scalar": SCALAR}.get(gate, ROWS).value
-    tile = max(16, (rows if half else 32) // group)
     return Plan(kind, R, X, H, HQ // H, group, tile, numerics)
+
+
+@triton.jit
+def add_dot(acc, a, b, CT: tl.constexpr, PREC: tl.constexpr):
+    return tl.dot(a.to(CT), b.to(CT), acc, input_precision=PREC)
 
 
 @triton.jit
@@ -171,43 +187,34 @@ def pair_decay(x, BG: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr, EXA
 
 
 @triton.jit
-def pair_scores(
-    rb, yb, x, t,
-    LOG_SUB: tl.constexpr, BG: tl.constexpr, KIND: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
-    PREC: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """sum over rows of the state of r_t D(i, t) w_i y_i for the pairs of a tile, [rows, SUB], 0 where i > t."""
-    i = tl.arange(0, x.shape[0])
-    a = dot(rb, tl.trans(yb), CT, PREC)
-    if KIND == ROWS:
-        high, low = split(x, SPLIT)
-        a = tl.where(t[:, None] == i[None, :], a, 0.0)
-        for level in range(LOG_SUB):
-            left = yb * suffix_decay(i, high, low, level, SPLIT, EXACT)
-            right = rb.to(tl.float32) * to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
-            a += tl.where(pairs_at(t, i, level), dot(right, tl.trans(left), CT, PREC), 0.0)
-    else:
-        a *= pair_decay(x, BG, KIND, SPLIT, EXACT)
-    return a
-
-
-@triton.jit
 def advance(
     state, y, x, write, gate, first, stop, h, H, r, e,
-    R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, KIND: tl.constexpr,
-    WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, SWAPPED: tl.constexpr,
+    KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The state [rows r, columns e] after a tile, from that before it."""
+    """The state [rows r, columns e] (or [columns e, rows r]) after a tile, from that before it."""
     token = first + tl.arange(0, SUB)
     yb = load_written(y, write, first, stop, h, H, r, R, SUB, KIND, WEIGHTED)
     xb = load_rows(x, token * H + h, token < stop, X, e, CT)
     _, after, total = tile_decays(load_gate(gate, first, stop, h, H, r, R, SUB, KIND), LOG_SUB, KIND, SPLIT, EXACT)
-    return state * total[:, None] + dot(tl.trans((yb * after).to(CT)), xb, CT, PREC)
+    written = (yb * after).to(CT)
+    if SWAPPED:
+        state = add_dot(state * total[None, :], tl.trans(xb), written, CT, PREC)
+    else:
+        state = add_dot(state * total[:, None], tl.trans(written), xb, CT, PREC)
+    return state
 
 
 @triton.jit
-def load_state(states, c, h, H, r, e, R: tl.constexpr, X: tl.constexpr):
-    """Rows r and columns e of the state of chunk c and head h, in fp32."""
-    where = (c.to(tl.int64) * H + h) * (R * X)
-    mask = (r < R)[:, None] & (e < X)[None, :]
-    return tl.load(states + where + r[:, None] * X + e[None, :], mask=mask, other=0.0).to(tl.float32)
+def load_state(states, c, h, H, r, e, R: tl.constexpr, X: tl.constexpr, SWAPPED: tl.constexpr):
+    """Rows r and columns e of the state of chunk c and head h in fp32, or with SWAPPED columns by rows.
+
+    The matrix instructions want 64 rows: the side of which a program holds everything.
+    """
+    base = states + (c.to(tl.int64) * H + h) * (R * X)
+    if SWAPPED:
+        state = tl.load(base + r[None, :] * X + e[:, None], mask=(r < R)[None, :] & (e < X)[:, None], other=0.0)
+    else:
+        state = tl.load(base + r[:, None] * X + e[None, :], mask=(r < R)[:, None] & (e < X)[None, :], other=0.0)
+    return state.to(tl.float32)

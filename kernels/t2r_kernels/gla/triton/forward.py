@@ -11,12 +11,13 @@ import triton.language as tl
 from ...gsa.triton.common import Chunks, chunk_range, dot, load_rows, pairs_at, prefix_decay, row_offsets, split
 from ...gsa.triton.common import suffix_decay as suffix
 from . import launch
-from .common import Plan, load_gate, load_state, load_written, pad, pair_scores, tile_decays, to_rows
+from .common import Plan, add_dot, load_gate, load_state, load_written, pad, tile_decays, to_rows
+from .pairs import load_pairs
 
 
 @triton.jit
 def plain_kernel(
-    r, y, x, write, gate, states, out, bounds, T, NC, H, HQ, G, scale,
+    r, y, x, write, gate, pairs, states, out, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     C: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
     PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
@@ -30,26 +31,26 @@ def plain_kernel(
         return
     d = tl.arange(0, BR)
     e = tl.program_id(1) * BX + tl.arange(0, BX)
-    state = load_state(states, c, h, H, d, e, R, X)
+    state = load_state(states, c, h, H, d, e, R, X, False)
     for tile in range(((stop - start + SUB - 1) // SUB).to(tl.int32)):
         first = start + tile * SUB
         token = first + tl.arange(0, SUB)
-        t, row, valid = row_offsets(first, stop, h, tl.program_id(2) * BG, HQ, G, SUB, BG)
+        _t, row, valid = row_offsets(first, stop, h, tl.program_id(2) * BG, HQ, G, SUB, BG)
         rb = load_rows(r, row, valid, R, d, CT)
         yb = load_written(y, write, first, stop, h, H, d, R, SUB, KIND, WEIGHTED)
         xb = load_rows(x, token * H + h, token < stop, X, e, CT)
         g = load_gate(gate, first, stop, h, H, d, R, SUB, KIND)
         before, after, total = tile_decays(g, LOG_SUB, KIND, SPLIT, EXACT)
-        ob = dot(rb.to(tl.float32) * to_rows(before, BG), state, CT, PREC)
-        a = pair_scores(rb, yb, g, t, LOG_SUB, BG, KIND, CT, SPLIT, PREC, EXACT)
-        ob += dot(a, xb, CT, PREC)
-        tl.store(out + row[:, None] * X + e[None, :], ob * scale, mask=valid[:, None] & (e < X)[None, :])
-        state = state * total[:, None] + dot(tl.trans((yb * after).to(CT)), xb, CT, PREC)
+        ob = dot(rb.to(tl.float32) * to_rows(before * scale, BG), state, CT, PREC)
+        a = load_pairs(pairs, rb, yb, g, row, valid, scale, SUB, BG, KIND, CT, SPLIT, PREC, EXACT)
+        ob = add_dot(ob, a, xb, CT, PREC)
+        tl.store(out + row[:, None] * X + e[None, :], ob, mask=valid[:, None] & (e < X)[None, :])
+        state = add_dot(state * total[:, None], tl.trans((yb * after).to(CT)), xb, CT, PREC)
 
 
 @triton.jit
 def gated_kernel(
-    p, y, x, write, gate, states, out, bounds, T, NC, H, HQ, G, scale,
+    p, y, x, write, gate, pairs, states, out, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     C: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
     PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
@@ -64,7 +65,7 @@ def gated_kernel(
     i = tl.arange(0, SUB)
     d = tl.program_id(1) * BR + tl.arange(0, BR)
     e = tl.arange(0, BX)
-    state = load_state(states, c, h, H, d, e, R, X)
+    state = load_state(states, c, h, H, d, e, R, X, True)
     for tile in range(((stop - start + SUB - 1) // SUB).to(tl.int32)):
         first = start + tile * SUB
         token = first + i
@@ -74,33 +75,35 @@ def gated_kernel(
         xb = load_rows(x, token * H + h, token < stop, X, e, CT)
         g = load_gate(gate, first, stop, h, H, d, R, SUB, KIND)
         before, after, total = tile_decays(g, LOG_SUB, KIND, SPLIT, EXACT)
-        ob = dot(pb, tl.trans(state.to(CT)), CT, PREC) * to_rows(before, BG)
+        ob = dot(pb, state, CT, PREC) * to_rows(before, BG)
         b = dot(pb, tl.trans(xb), CT, PREC)
-        ob += dot(tl.where(t[:, None] == i[None, :], b, 0.0), yb, CT, PREC)
+        ob = add_dot(ob, tl.where(t[:, None] == i[None, :], b, 0.0), yb, CT, PREC)
         high, low = split(g, SPLIT)
         for level in range(LOG_SUB):
             left = yb * suffix(i, high, low, level, SPLIT, EXACT)
             right = to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
             ob += dot(tl.where(pairs_at(t, i, level), b, 0.0), left, CT, PREC) * right
         tl.store(out + row[:, None] * R + d[None, :], ob * scale, mask=valid[:, None] & (d < R)[None, :])
-        state = state * total[:, None] + dot(tl.trans((yb * after).to(CT)), xb, CT, PREC)
+        state = add_dot(state * total[None, :], tl.trans(xb), yb * after, CT, PREC)
 
 
-def _launch(kernel, a, y, x, write, gate, states, out, scale, plan: Plan, chunks: Chunks, chunk: int, widths, slices,
-            options):  # fmt: skip
+def _launch(
+    kernel, a, y, x, write, gate, pairs, states, out, scale, plan: Plan, chunks: Chunks, chunk: int, widths, slices,
+    options
+):  # fmt: skip
     kernel[(chunks.count * plan.heads, slices, plan.group_tiles)](
-        a, y, x, write, gate, states, out, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,
+        a, y, x, write, gate, pairs, states, out, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, *widths, **plan.options(chunks, write),
         **options,
     )  # fmt: skip
 
 
-def read_plain(r, y, x, write, gate, states, scale, plan: Plan, chunks: Chunks, chunk: int) -> torch.Tensor:
+def read_plain(r, y, x, write, gate, pairs, states, scale, plan: Plan, chunks: Chunks, chunk: int) -> torch.Tensor:
     """[B, T, HQ, X] in r's dtype: scale * sum over i <= t of (r_t . D(i, t) w_i y_i) x_i, from `states` on."""
     out = torch.empty(*r.shape[:3], plan.X, dtype=r.dtype, device=r.device)
     width, slices, options = launch.fit(launch.PLAIN, plan, plan.X, plan.R)
     widths = (pad(plan.R), width)
-    _launch(plain_kernel, r, y, x, write, gate, states, out, scale, plan, chunks, chunk, widths, slices, options)
+    _launch(plain_kernel, r, y, x, write, gate, pairs, states, out, scale, plan, chunks, chunk, widths, slices, options)
     return out
 
 
@@ -109,5 +112,5 @@ def read_gated(p, y, x, write, gate, states, scale, plan: Plan, chunks: Chunks, 
     out = torch.empty(*p.shape[:3], plan.R, dtype=p.dtype, device=p.device)
     width, slices, options = launch.fit(launch.GATED, plan, plan.R, plan.X)
     widths = (width, pad(plan.X))
-    _launch(gated_kernel, p, y, x, write, gate, states, out, scale, plan, chunks, chunk, widths, slices, options)
+    _launch(gated_kernel, p, y, x, write, gate, None, states, out, scale, plan, chunks, chunk, widths, slices, options)
     return out

@@ -18,6 +18,8 @@ class Launch:
 
 
 CHUNK = 64  # tokens: a state costs a program as much traffic as its inputs
+PAIRS = Launch(0, 4, 1)
+PAIR_COLUMNS = 64
 PLAIN = Launch(8192, 4, 2)
 GATED = Launch(8192, 4, 2)
 CHUNKS = Launch(16384, 8, 2)
@@ -25,11 +27,15 @@ GATED_GRADIENT = Launch(4096, 4, 1)  # holds two states
 PLAIN_GRADIENT = Launch(8192, 4, 2)
 
 
+def options(launch: Launch, plan: Plan) -> dict[str, int]:
+    """Warps and stages, with twice the warps for tiles of 128 rows."""
+    exact = plan.numerics.store == torch.float32
+    return {"num_warps": 8 if plan.rows > 64 else launch.warps, "num_stages": 1 if exact else launch.stages}
+
+
 def fit(launch: Launch, plan: Plan, side: int, held: int) -> tuple[int, int, dict[str, int]]:
     """For a program that holds all `held` columns of one side of the state and a slice of the other, of `side` columns:
     the slice's width, how many there are, and the launch options."""
-    wide = plan.tile * plan.group_block > 64 or pad(held) > 128
     exact = plan.numerics.store == torch.float32  # three passes need twice the operands, of twice the size
     width = max(16, min(pad(side), launch.elements // (4 if exact else 1) // pad(held)))
-    options = {"num_warps": min(8, launch.warps * (2 if wide else 1)), "num_stages": 1 if exact else launch.stages}
-    return width, triton.cdiv(side, width), options
+    return width, triton.cdiv(side, width), options(launch, plan)

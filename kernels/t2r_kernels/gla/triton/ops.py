@@ -8,6 +8,7 @@ from . import launch
 from .backward import gated_gradients, plain_gradient
 from .common import Plan, plan_for
 from .forward import read_gated, read_plain
+from .pairs import pair_scores
 from .states import gradients_of, states_of
 
 
@@ -50,8 +51,11 @@ def _forward(
     swapped = gate == "value"
     y, x = (v, k) if swapped else (k, v)
     states, _ = states_of(y, x, write, log_decay, initial, final, plan, chunks, launch.CHUNK, swapped)
-    read = read_gated if swapped else read_plain
-    o = read(q, y, x, write, log_decay, states, scale, plan, chunks, launch.CHUNK)
+    if swapped:
+        o = read_gated(q, y, x, write, log_decay, states, scale, plan, chunks, launch.CHUNK)
+    else:
+        pairs = pair_scores(q, y, write, log_decay, scale, cu_seqlens, plan, chunks)
+        o = read_plain(q, y, x, write, log_decay, pairs, states, scale, plan, chunks, launch.CHUNK)
     return o, _nothing(q) if final is None else final
 
 
@@ -90,9 +94,10 @@ def gla_backward(
     dr, dy, dgate, dwrite = gated_gradients(
         r, p, y, x, write, log_decay, states, dstates, scale, not swapped, *place
     )  # fmt: skip
-    dx = plain_gradient(r, p, y, x, write, log_decay, dstates, scale, *place)
+    pairs = pair_scores(r, y, write, log_decay, scale, cu_seqlens, plan, chunks)
+    dx = plain_gradient(r, p, y, x, write, log_decay, pairs, dstates, scale, *place)
     if swapped:
-        dq, dk, dv = read_plain(r, y, x, write, log_decay, states, scale, *place), dx, dy
+        dq, dk, dv = read_plain(r, y, x, write, log_decay, pairs, states, scale, *place), dx, dy
     else:
         dq, dk, dv = dr, dy, dx
     small = (_nothing(q) if z is None else z for z in (dgate, dwrite, dinitial))

@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...gsa.triton.common import Chunks, chunk_range, dot, load_rows, row_offsets
+from ...gsa.triton.common import Chunks, chunk_range, load_rows, row_offsets
 from . import launch
-from .common import Plan, advance, load_gate, pad, tile_decays, to_rows
+from .common import Plan, add_dot, advance, load_gate, pad, tile_decays, to_rows
 
 WRITE_TILE = 32  # tokens; writes have one row per token
 
@@ -24,12 +24,12 @@ def read_back(
     """The gradient of the state [rows d, columns e] before a tile, from that after it."""
     before, _, total = tile_decays(load_gate(gate, first, stop, h, H, d, R, SUB, KIND), LOG_SUB, KIND, SPLIT, EXACT)
     dstate = dstate * total[:, None]
-    before = to_rows(before, BG)
+    before = to_rows(before * scale, BG)
     for tile in range(GROUP_TILES):
         _t, row, valid = row_offsets(first, stop, h, tile * BG, HQ, G, SUB, BG)
         rb = load_rows(r, row, valid, R, d, CT).to(tl.float32)
         pb = load_rows(p, row, valid, X, e, CT)
-        dstate += scale * dot(tl.trans((rb * before).to(CT)), pb, CT, PREC)
+        dstate = add_dot(dstate, tl.trans((rb * before).to(CT)), pb, CT, PREC)
     return dstate
 
 
@@ -61,7 +61,7 @@ def chunk_kernel(
         else:
             state = advance(
                 state, left, right, write, gate, start + step * SUB, stop, h, H, d, e,
-                R, X, SUB, LOG_SUB, KIND, WEIGHTED, CT, SPLIT, PREC, EXACT,
+                R, X, SUB, LOG_SUB, False, KIND, WEIGHTED, CT, SPLIT, PREC, EXACT,
             )  # fmt: skip
     where = c.to(tl.int64) * H + h
     mask = (d < R)[:, None] & (e < X)[None, :]
