@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import random
+import re
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -64,7 +66,7 @@ def run_tasks(
         Results by task name, and per-sample rows {task, document, doc_hash, metric, value, prompt, target, response}.
 
     Raises:
-        InputError: an unknown task, or no data for one.
+        InputError: an unknown task, or no data for some; before any is run.
     """
     folder = folder and Path(folder).resolve()
     manager = task_manager(tasks_root)
@@ -77,18 +79,26 @@ def run_tasks(
         "data": None if offline_root is None else tree_key(Path(offline_root).resolve()),
         "weights": _fingerprint(model) if folder else None,
     }
+
+    def kept_at(spec: TaskSpec) -> Path | None:
+        key = hashlib.sha256(json.dumps([spec.as_dict(), settings], sort_keys=True).encode()).hexdigest()[:16]
+        return folder / f"{spec.task}-{key}.json" if folder else None
+
+    pending = [spec for spec in tasks if not ((kept := kept_at(spec)) and kept.exists())]
+    with context_length(tokenizer, max_length):
+        loaded = load_tasks([spec.task for spec in pending], manager, offline_root)
+    harness = _harness(model, tokenizer, batch_size, max_length) if pending else None
     results: dict[str, TaskResult] = {}
     rows: list[dict[str, Any]] = []
-    harness = None
-    for spec in tasks:
-        key = hashlib.sha256(json.dumps([spec.as_dict(), settings], sort_keys=True).encode()).hexdigest()[:16]
-        kept = folder / f"{spec.task}-{key}.json" if folder else None
-        if kept is not None and kept.exists():
+    for number, spec in enumerate(tasks, 1):
+        kept = kept_at(spec)
+        if spec not in pending:
+            assert kept is not None
             stored = json.loads(kept.read_text(encoding="utf-8"))
             logger.info("%s: already evaluated with these settings, read from %s", spec.task, kept)
         else:
-            harness = harness or _harness(model, tokenizer, batch_size, max_length)
-            stored = _run_one(harness, spec, manager, limit=limit, offline_root=offline_root, seed=seed)
+            print(f"{spec.task} (task {number} of {len(tasks)})", file=sys.stderr, flush=True)
+            stored = _run_one(harness, spec, loaded.pop(spec.task), limit=limit, seed=seed)
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 partial = kept.with_suffix(".partial")
@@ -126,20 +136,37 @@ def _check_known(name: str, manager: Any) -> None:
         raise InputError(f"tasks: {name!r} is no lm-eval task" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def load_task(name: str, manager: Any, offline_root: Path | None) -> Any:
-    """lm-eval's {"tasks", "groups", "group_map"} of a task, group or tag, with its data.
+def check_data(suites: Sequence[str], tasks: Sequence[str], offline_root: Path | None) -> None:
+    """InputError unless every task's data can be loaded, from `offline_root` or the Hub."""
+    specs = resolve_tasks(suites, tasks, None)
+    with context_length(None, 0):
+        load_tasks([spec.task for spec in specs], task_manager(None) if specs else None, offline_root)
+
+
+def load_tasks(names: Sequence[str], manager: Any, offline_root: Path | None) -> dict[str, Any]:
+    """lm-eval's {"tasks", "groups", "group_map"} of each task, group or tag, with its data.
 
     Raises:
-        InputError: no data for it.
+        InputError: no data for some; all of them are named.
     """
+    loaded, missing = {}, []
     with offline_data(offline_root), _quiet():
-        try:
-            return manager.load([name])
-        except (OSError, ValueError) as error:
-            # datasets raises OSError or ValueError kinds for absent data, absent configurations and no network.
-            where = offline_root or "the Hub"
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"tasks: no data for {name!r} at {where} ({first_line})") from error
+        for name in names:
+            try:
+                loaded[name] = manager.load([name])
+            except (OSError, ValueError) as error:
+                # datasets raises OSError or ValueError kinds for absent data, absent configurations and no network.
+                missing.append(f"{name} ({_reason(error)})")
+    if missing:
+        raise InputError(f"tasks: no data at {offline_root or 'the Hub'} for {', '.join(missing)}")
+    return loaded
+
+
+def _reason(error: Exception) -> str:
+    """The data set that a loading error names, or the error's first line."""
+    text = str(error).strip()
+    found = re.search(r"'([\w.-]+/[\w.-]+)'", text)
+    return found[1] if found else text.splitlines()[0] if text else type(error).__name__
 
 
 def _harness(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
@@ -170,9 +197,7 @@ def _harness(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> An
         )
 
 
-def _run_one(
-    harness: Any, spec: TaskSpec, manager: Any, *, limit: int | None, offline_root: Path | None, seed: int
-) -> dict[str, Any]:
+def _run_one(harness: Any, spec: TaskSpec, loaded: Any, *, limit: int | None, seed: int) -> dict[str, Any]:
     """{"results": {name: TaskResult as a dict}, "rows": [...]} of one task, group or tag."""
     from lm_eval.evaluator import evaluate
 
@@ -180,8 +205,6 @@ def _run_one(
     harness.truncated = 0
     _seed_all(seed)
     with _quiet():
-        with context_length(harness.tokenizer, harness.max_length):
-            loaded = load_task(spec.task, manager, offline_root)
         for task in loaded["tasks"].values():
             shots = spec.shots if spec.shots is not None else task.get_config("num_fewshot")
             task.set_config(key="num_fewshot", value=shots or 0)

@@ -56,7 +56,7 @@ SUITES: dict[str, tuple[TaskSpec, ...]] = {
 
 
 def resolve_tasks(suites: Sequence[str], tasks: Sequence[str], shots: int | None) -> list[TaskSpec]:
-    """The tasks of `suites`, then `tasks` by name; a task named twice keeps its suite's setting.
+    """The tasks of `suites`, then `tasks` by name; a task that belongs to a suite has that suite's setting either way.
 
     Args:
         shots: replaces every task's own number; None leaves them.
@@ -71,8 +71,9 @@ def resolve_tasks(suites: Sequence[str], tasks: Sequence[str], shots: int | None
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SUITES)}"
             raise InputError(f"suites: {suite!r} is no suite; {hint}")
         specs |= {spec.task: spec for spec in SUITES[suite]}
+    known = {spec.task: spec for suite in SUITES.values() for spec in suite}
     for task in tasks:
-        specs.setdefault(task, TaskSpec(task))
+        specs.setdefault(task, known.get(task, TaskSpec(task)))
     if shots is None:
         return list(specs.values())
     return [TaskSpec(spec.task, spec.metric, shots, spec.generation) for spec in specs.values()]

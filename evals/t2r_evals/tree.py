@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from t2r_evals.cloze import context_length
 from t2r_evals.errors import InputError
-from t2r_evals.harness import load_task, task_manager
+from t2r_evals.harness import load_tasks, task_manager
 from t2r_evals.offline import offline_data
 from t2r_evals.suites import TaskSpec
 
@@ -16,13 +15,13 @@ def make_tree(
 ) -> list[Path]:
     """Write every data set that `tasks` read: DESTINATION/org/name/{CONFIG/SPLIT.parquet, README.md}.
 
-    The README's `configs:` block is what `datasets` reads. Data sets that are there already are left as they are.
+    The README's `configs:` block is what `datasets` reads. Configurations that are there already are left as they are.
 
     Args:
         offline_root: take the data from another such folder instead of the Hub.
 
     Returns:
-        The folders written.
+        The folders written or added to.
 
     Raises:
         InputError: an unknown task, or data that cannot be had.
@@ -32,37 +31,36 @@ def make_tree(
     destination = Path(destination).resolve()
     manager = task_manager(tasks_root)
     wanted: dict[str, set[str | None]] = {}
-    for spec in tasks:
-        with context_length(None, 0):
-            loaded = load_task(spec.task, manager, offline_root)
-        for task in loaded["tasks"].values():
+    with context_length(None, 0):
+        loaded = load_tasks([spec.task for spec in tasks], manager, offline_root)
+    for found in loaded.values():
+        for task in found["tasks"].values():
             wanted.setdefault(task.DATASET_PATH, set()).add(task.DATASET_NAME)
     written = []
     for path, names in sorted(wanted.items()):
         folder = destination / path
         if folder.resolve() == destination or not folder.resolve().is_relative_to(destination):
             raise InputError(f"tasks: data set {path!r} leaves {destination}")
-        if (folder / "README.md").exists():
+        missing = [name for name in sorted(names, key=str) if not (folder / (name or "default")).is_dir()]
+        if not missing and (folder / "README.md").exists():
             continue
-        configs: dict[str, Any] = {}
         with offline_data(offline_root):
-            for name in sorted(names, key=str):
-                configs[name or "default"] = datasets.load_dataset(path, name)
-        for config, splits in configs.items():
-            for split, rows in splits.items():
-                file = folder / config / f"{split}.parquet"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                rows.to_parquet(file)
-        # Last, so that a folder with a README is complete.
-        (folder / "README.md").write_text(_readme(configs), encoding="utf-8")
+            for name in missing:
+                for split, rows in datasets.load_dataset(path, name).items():
+                    file = folder / f".{name or 'default'}.partial" / f"{split}.parquet"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    rows.to_parquet(file)
+                # Renamed when whole, so that a folder of a configuration is complete.
+                file.parent.rename(folder / (name or "default"))
+        (folder / "README.md").write_text(_readme(folder), encoding="utf-8")
         written.append(folder)
     return written
 
 
-def _readme(configs: dict[str, Any]) -> str:
+def _readme(folder: Path) -> str:
     lines = ["---", "configs:"]
-    for config, splits in configs.items():
-        lines += [f'- config_name: "{config}"', "  data_files:"]
-        for split in splits:
-            lines += [f'  - split: "{split}"', f'    path: "{config}/{split}.parquet"']
+    for config in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        lines += [f'- config_name: "{config.name}"', "  data_files:"]
+        for split in sorted(config.glob("*.parquet")):
+            lines += [f'  - split: "{split.stem}"', f'    path: "{config.name}/{split.name}"']
     return "\n".join([*lines, "---", ""])

@@ -35,7 +35,8 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     torchrun -m t2r finetune carries it out on several GPUs beforehand.
     """
     from t2r.recipe import RunFolder, load_recipe
-    from t2r_evals.harness import check_tasks
+    from t2r.train import is_finished
+    from t2r_evals.harness import check_data, check_tasks
 
     started = time.monotonic()
     recipe = load_recipe(recipe_name, list(overrides))
@@ -45,6 +46,9 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     windows = [window_only(mixer) for mixer in recipe.mixer] if "window-only" in controls else []
     folder = RunFolder(recipe)
     finetuned = teacher_finetuned(recipe, folder) if "teacher-finetuned" in controls else None
+    if not is_finished(recipe):
+        offline_root = recipe.evaluate.offline_root
+        check_data(recipe.evaluate.suites, recipe.evaluate.tasks, Path(offline_root) if offline_root else None)
     folder.claim()
     convert_student(recipe, folder)
     train_student(recipe, folder, resume)

@@ -81,5 +81,19 @@ def test_tree_made_of_a_tree_reads_the_same(source: Path, tmp_path: Path) -> Non
             rows.append(datasets.load_dataset("hazyresearch/based_drop")["validation"].to_list())
     assert rows[0] == rows[1]
     assert make_tree([TaskSpec("cloze_drop")], made, offline_root=source) == []
-    with pytest.raises(InputError, match="no data for 'cloze_nq'"):
-        make_tree([TaskSpec("cloze_nq")], made, offline_root=source)
+    absent = r"no data at .* for cloze_nq \(hazyresearch/based_nq_2048\), mmlu_anatomy \(cais/mmlu\)"
+    with pytest.raises(InputError, match=absent):
+        make_tree([TaskSpec(name) for name in ("cloze_drop", "cloze_nq", "mmlu_anatomy")], made, offline_root=source)
+
+
+def test_a_tree_grows_by_the_configurations_that_it_lacks(shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    made, arc = tmp_path / "made", tmp_path / "made" / "allenai" / "ai2_arc"
+    for task in ("arc_easy", "arc_challenge"):
+        assert make_tree([TaskSpec(task)], made, offline_root=shared / "hub") == [arc]
+    assert sorted(path.name for path in arc.iterdir()) == ["ARC-Challenge", "ARC-Easy", "README.md"]
+    from t2r_evals.offline import offline_data
+
+    with offline_data(made):
+        assert len(datasets.load_dataset("allenai/ai2_arc", "ARC-Easy")["test"]) == 2376
+        assert len(datasets.load_dataset("allenai/ai2_arc", "ARC-Challenge")["test"]) == 1172

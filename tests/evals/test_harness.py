@@ -96,8 +96,10 @@ def test_group_is_one_result_and_its_documents_keep_apart(
 
 
 def test_tree_without_the_data_is_one_line(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no data for 'piqa'"):
-        run(model, tokenizer, tmp_path, TaskSpec("piqa"))
+    with pytest.raises(InputError, match=r"no data at .* for piqa \(baber/piqa\), fda \(hazyresearch/based-fda\)$"):
+        run(model, tokenizer, tmp_path, TaskSpec("piqa"), TaskSpec("fda"))
+    with pytest.raises(InputError, match=r"for fda \(hazyresearch/based-fda\), swde \(hazyresearch/based-swde-v2\)"):
+        harness.check_data(["recall"], [], tmp_path)
 
 
 def test_unknown_task_names_the_nearest(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -146,6 +148,7 @@ def test_suite_settings_win_over_plain_names_and_shots_over_both() -> None:
     specs = {spec.task: spec for spec in resolve_tasks(["commonsense"], ["arc_easy", "sciq"], None)}
     assert specs["arc_easy"].metric == "acc"
     assert specs["sciq"].shots is None
+    assert resolve_tasks([], ["nq_open"], None) == [spec for spec in SUITES["knowledge"] if spec.task == "nq_open"]
     assert {spec.shots for spec in resolve_tasks(["commonsense"], ["sciq"], 3)} == {3}
     with pytest.raises(InputError, match="did you mean 'commonsense'"):
         resolve_tasks(["comonsense"], [], None)
