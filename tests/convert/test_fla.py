@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from t2r.convert import convert
 from t2r.model.mixers import parse_options
 from t2r.publish import verify_manifest
-from tests.convert.conftest import edit_json
+from tests.convert.conftest import SIZES
 from tests.convert.fla_models import CONFIGS, SLOTS, VOCABULARY, make_fla, reference_logits
 
 
@@ -60,14 +60,25 @@ def test_round_trip_is_bitwise(t2r, tmp_path, kind, changes):
         assert path.read_bytes() == (tmp_path / "student2" / path.name).read_bytes()
 
 
-def test_a_students_own_mixer_can_be_exported(t2r, hosts, tmp_path):
-    source = tmp_path / "host"
-    AutoModelForCausalLM.from_pretrained(hosts("mistral")).save_pretrained(source)
-    edit_json(source / "config.json", rms_norm_eps=1e-5)
-    convert(source, tmp_path / "student", mixers=parse_options({"name": "gsa", "style": "paper", "slots": 16}))
-    assert t2r("export", tmp_path / "student", tmp_path / "fla", "--format", "fla").code == 0
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"name": "gsa", "style": "paper", "slots": 16, "norm_eps": 1e-5},
+        {"name": "gla"},
+        {"name": "abc", "slots": 8, "clamp": 32.0, "output_gate": True},
+    ],
+)
+def test_a_students_own_mixer_can_be_exported(t2r, tmp_path, mixer):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if mixer["name"] == "abc" else 2}
+    wide = mixer["name"] != "gsa"  # heads wider than hidden_size / heads
+    host = MistralConfig(**SIZES | heads, head_dim=32 if wide else 16, rms_norm_eps=1e-6)
+    AutoModelForCausalLM.from_config(host).save_pretrained(tmp_path / "host")
+    convert(tmp_path / "host", tmp_path / "student", mixers=parse_options(mixer))
+    answer = t2r("export", tmp_path / "student", tmp_path / "fla", "--format", "fla")
+    assert answer.code == 0, answer.err
     found = json.loads(t2r("info", tmp_path / "fla", "--json").out)
-    assert found["mixers"][0] == {"name": "gsa", "style": "paper", "slots": 16, "tau": 8.0, "norm_eps": None}
+    assert found["mixers"] == [parse_options(mixer).stored()] * 3
+    assert json.loads((tmp_path / "fla" / "config.json").read_text())["norm_eps"] == 1e-6
 
 
 def test_the_checkpoints_mixer_may_be_named_but_not_changed(t2r, tmp_path):
