@@ -14,6 +14,7 @@ from t2r import __version__
 # The help line stands here and not only in the verb's file: listing the verbs must not import them.
 VERBS = {
     "convert": "Turn a pretrained Transformer into a recurrent student.",
+    "select-layers": "Choose by measurement which layers stay softmax, and place slots.",
     "finetune": "Train a converted student by the stages of a recipe.",
     "run": "Convert, finetune, evaluate and report, from one recipe.",
     "eval": "Measure a model, beside its teacher.",
@@ -31,7 +32,7 @@ class _Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return importlib.import_module(f"t2r.cli.{name}").command if name in VERBS else None
+        return importlib.import_module(f"t2r.cli.{name.replace('-', '_')}").command if name in VERBS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):

@@ -1,0 +1,141 @@
+"""What a conversion loses before any training, measured on text: per layer, and for the whole student."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2r.convert.swap import Entry, SwappedStudent
+from t2r.errors import InputError
+from t2r.model.mixers import Mixer
+from t2r.model.sequence import SequenceInfo
+
+_BATCH_TOKENS = 8192
+_CHUNK_NUMBERS = 1 << 25  # logits held at once, of teacher and student each
+
+
+class Score(NamedTuple):
+    """KL(teacher || student) and next-token cross-entropy of the student, means in nats per token."""
+
+    kl: float
+    loss: float
+
+
+def calibration_windows(documents: Sequence[str], tokenizer: Any, *, windows: int, window: int) -> Tensor:
+    """Ids [N, T + 1]: windows of T inputs and their targets over the documents joined in order, each with its BOS and
+    EOS where the tokenizer has them.
+
+    Raises:
+        InputError: too little text.
+    """
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for document in documents:
+        ids += before + tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + after
+        if len(ids) > windows * window:
+            break
+    if len(ids) <= windows * window:
+        raise InputError(f"calibration text: {len(ids)} tokens, {windows} windows of {window} need one more than that")
+    return torch.tensor(ids[: windows * window + 1]).unfold(0, window + 1, window)
+
+
+class Probe:
+    """Measures a teacher with any mixers in its layers, always on the same tokens; what was measured is remembered.
+
+    Args:
+        teacher: a host's language model on its device.
+        windows: ids [N, T + 1].
+        seed: of the mixers' new parameters.
+    """
+
+    def __init__(self, teacher: Any, windows: Tensor, *, seed: int = 0) -> None:
+        self.teacher = teacher
+        self.layers = len(teacher.model.layers)
+        self._swapped = SwappedStudent(teacher, seed=seed)
+        batch = max(1, _BATCH_TOKENS // (windows.shape[1] - 1))
+        self._batches = list(windows.to(teacher.device).split(batch))
+        self._known: dict[str, Score] = {}
+        with torch.inference_mode():
+            self._hidden = [_hidden(teacher, ids) for ids in self._batches]
+
+    @property
+    def measured(self) -> int:
+        """How many different students were run."""
+        return len(self._known)
+
+    @torch.inference_mode()
+    def score(self, entries: Sequence[Entry]) -> Score:
+        """The student whose layers have these mixers; None keeps the teacher's attention."""
+        key = json.dumps(list(entries), sort_keys=True)
+        if key not in self._known:
+            student = self._swapped.set(entries)
+            sums = torch.zeros(2, dtype=torch.float64)
+            for ids, reference in zip(self._batches, self._hidden, strict=True):
+                sums += _compare(self.teacher.lm_head.weight, reference, _hidden(student, ids), ids[:, 1:].flatten())
+            self._known[key] = Score(*(sums / sum(ids[:, 1:].numel() for ids in self._batches)).tolist())
+        return self._known[key]
+
+    @torch.inference_mode()
+    def output_errors(self, entries: Sequence[Entry]) -> list[float | None]:
+        """Per layer, the squared error of the mixer's output over the mean square of the attention's, both on the
+        teacher's own input to that layer: 0 is perfect, giving zeros scores 1. None where the attention stays."""
+        mixers = [None if entry is None else self._swapped.mixer(i, entry) for i, entry in enumerate(entries)]
+        error, size = torch.zeros(2, self.layers, dtype=torch.float64)
+        index_of = {layer.self_attn: index for index, layer in enumerate(self.teacher.model.layers)}
+
+        def compare(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            index = index_of[module]
+            mixer: Mixer | None = mixers[index]
+            if mixer is not None:
+                hidden = kwargs["hidden_states"]
+                info = SequenceInfo.build(hidden.shape[0], hidden.shape[1], hidden.device)
+                ours, _ = mixer(hidden, position_embeddings=kwargs["position_embeddings"], attention_mask=info)
+                error[index] += (ours.float() - output[0].float()).square().sum().cpu()
+                size[index] += output[0].float().square().sum().cpu()
+
+        handles = [attention.register_forward_hook(compare, with_kwargs=True) for attention in index_of]
+        try:
+            for ids in self._batches:
+                _hidden(self.teacher, ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        relative = (error / size).tolist()
+        return [None if mixer is None else value for mixer, value in zip(mixers, relative, strict=True)]
+
+
+def init_report(probe: Probe, entries: Sequence[Entry]) -> dict[str, Any]:
+    """What a student with these mixers is before training: {"tokens", "teacher_loss", "loss", "kl", "layers"}, the last
+    a list of {"layer", "mixer", "output_error", "kl_alone"}: the layer's own error, and the KL when it alone is
+    converted."""
+    errors = probe.output_errors(entries)
+    whole, teacher = probe.score(entries), probe.score([None] * probe.layers)
+    layers = []
+    for index, entry in enumerate(entries):
+        if entry is not None:
+            alone: list[Entry] = [None] * probe.layers
+            alone[index] = entry
+            row = {"layer": index, "mixer": entry["name"], "output_error": errors[index]}
+            layers.append(row | {"kl_alone": probe.score(alone).kl})
+    tokens = sum(ids[:, 1:].numel() for ids in probe._batches)
+    return {"tokens": tokens, "teacher_loss": teacher.loss, "loss": whole.loss, "kl": whole.kl, "layers": layers}
+
+
+def _hidden(model: Any, ids: Tensor) -> Tensor:
+    """The last hidden states [B * T, hidden] at the inputs of ids [B, T + 1]."""
+    return model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def _compare(head: Tensor, teacher: Tensor, student: Tensor, targets: Tensor) -> Tensor:
+    """Summed KL and cross-entropy, float64 [2]. The logits are made a chunk of tokens at a time."""
+    size = max(1, _CHUNK_NUMBERS // head.shape[0])
+    sums = torch.zeros(2, dtype=torch.float64)
+    for reference, hidden, target in zip(teacher.split(size), student.split(size), targets.split(size), strict=True):
+        log_p, log_q = (F.log_softmax((x @ head.T).float(), dim=-1) for x in (reference, hidden))
+        kl = (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)
+        sums += torch.stack([kl, F.nll_loss(log_q, target, reduction="sum").double()]).cpu()
+    return sums
