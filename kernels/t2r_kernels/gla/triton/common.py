@@ -80,9 +80,8 @@ def plan_for(gate: str, HQ: int, H: int, D: int, V: int, dtype: torch.dtype) -> 
     """The one configuration for these sizes.
 
     Tiles have at least 16 tokens, the depth of a matrix instruction, and 64 rows, the height of one on Hopper; 128 for
-    groups beyond four heads and for wide states, which then spread over eight warps. Four warps take 64 rows and eight
-    take 128, never eight 64: Triton 3.6 was seen to compile that into wrong results and illegal accesses. In fp32,
-    whose products take three passes, tiles are smaller.
+    groups beyond four heads and for wide states, which then spread over eight warps. In fp32, whose products take three
+    passes, tiles are smaller.
     """
     numerics = choose_numerics(dtype)
     R, X = (V, D) if gate == "value" else (D, V)

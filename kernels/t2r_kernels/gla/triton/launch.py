@@ -10,7 +10,7 @@ from .common import Plan, pad
 
 @dataclass(frozen=True)
 class Launch:
-    """`elements` of the state in one program (registers bound it), its warps, and its stages of loads."""
+    """`elements` of the state in one program (registers bound it), its warps where rows allow, its stages of loads."""
 
     elements: int
     warps: int
@@ -18,19 +18,22 @@ class Launch:
 
 
 CHUNK = 64  # tokens: a state costs a program as much traffic as its inputs
-PAIRS = Launch(0, 4, 1)
+PAIRS = Launch(0, 8, 1)
 PAIR_COLUMNS = 64
-PLAIN = Launch(8192, 4, 2)
-GATED = Launch(8192, 4, 2)
+PLAIN = Launch(8192, 8, 2)
+GATED = Launch(8192, 8, 2)
 CHUNKS = Launch(16384, 8, 2)
-GATED_GRADIENT = Launch(4096, 4, 1)  # holds two states
-PLAIN_GRADIENT = Launch(8192, 4, 2)
+GATED_GRADIENT = Launch(4096, 8, 1)  # holds two states
+PLAIN_GRADIENT = Launch(8192, 8, 2)
 
 
-def options(launch: Launch, plan: Plan) -> dict[str, int]:
-    """Warps and stages, with twice the warps for tiles of 128 rows."""
+def options(launch: Launch, plan: Plan, rows: int) -> dict[str, int]:
+    """Warps and stages for products of at least `rows` rows: eight warps only where each has 16 rows to itself.
+
+    With eight on 64 rows Triton 3.6 was seen to compile into wrong results and illegal accesses.
+    """
     exact = plan.numerics.store == torch.float32
-    return {"num_warps": 8 if plan.rows > 64 else launch.warps, "num_stages": 1 if exact else launch.stages}
+    return {"num_warps": launch.warps if rows >= 128 else 4, "num_stages": 1 if exact else launch.stages}
 
 
 def fit(launch: Launch, plan: Plan, side: int, held: int) -> tuple[int, int, dict[str, int]]:
@@ -38,4 +41,4 @@ def fit(launch: Launch, plan: Plan, side: int, held: int) -> tuple[int, int, dic
     the slice's width, how many there are, and the launch options."""
     exact = plan.numerics.store == torch.float32  # three passes need twice the operands, of twice the size
     width = max(16, min(pad(side), launch.elements // (4 if exact else 1) // pad(held)))
-    return width, triton.cdiv(side, width), options(launch, plan)
+    return width, triton.cdiv(side, width), options(launch, plan, min(plan.rows, pad(held)))

@@ -73,6 +73,7 @@ def pair_scores(r, y, write, gate, scale, cu_seqlens, plan: Plan, chunks: Chunks
     pairs = torch.empty(B, T, HQ, plan.tile, dtype=plan.numerics.store, device=r.device)
     pair_kernel[(tiles.count * plan.heads, plan.group_tiles)](
         r, y, write, gate, pairs, tiles.bounds, T, tiles.per_sequence, plan.heads, HQ, plan.group, scale, *plan.sizes,
-        min(pad(plan.R), launch.PAIR_COLUMNS), **plan.options(chunks, write), **launch.options(launch.PAIRS, plan),
+        min(pad(plan.R), launch.PAIR_COLUMNS), **plan.options(chunks, write),
+        **launch.options(launch.PAIRS, plan, plan.rows),
     )  # fmt: skip
     return pairs

@@ -144,7 +144,8 @@ def _empty(plan: Plan, chunks: Chunks, device) -> torch.Tensor:
 
 def _launch(left, right, write, gate, states, gamma, scale, plan: Plan, chunks: Chunks, chunk: int, reads: bool):
     rows = min(pad(plan.R), 64 if plan.numerics.store == torch.float32 else 128)
-    columns, slices, options = launch.fit(launch.CHUNKS, plan, plan.X, rows)
+    columns, slices, _ = launch.fit(launch.CHUNKS, plan, plan.X, rows)
+    options = launch.options(launch.CHUNKS, plan, rows)
     grid = (chunks.count * plan.heads, triton.cdiv(plan.R, rows), slices)
     sizes = plan.sizes if reads else (plan.R, plan.X, WRITE_TILE, WRITE_TILE.bit_length() - 1, 1)
     chunk_kernel[grid](
