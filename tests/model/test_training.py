@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from t2r.convert import convert
 from t2r.model import Mixer, parse_options
+from t2r.model.mixers.base import RecurrentMixer
 
 
 def gradients(model, text):
@@ -63,6 +64,21 @@ def test_padding_gives_no_gradient(mistral, tokens):
     mistral(padded, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
     for name, parameter in mistral.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("error:Mismatch dtype")
+def test_autocast_gives_the_kernels_one_dtype(mistral, tokens):
+    """float32 weights and positions, as another trainer's autocast leaves them; in float32 a kernel takes thrice as
+    long."""
+    text, seen = tokens(2, 20), []
+    for module in mistral.modules():
+        if isinstance(module, RecurrentMixer):
+            plain = module.inputs
+            module.inputs = lambda *args, plain=plain: seen.append(plain(*args)) or seen[-1]
+    with torch.autocast("cpu", torch.bfloat16):
+        mistral(text, labels=text, use_cache=False).loss.backward()
+    assert all(x.dtype == torch.bfloat16 for inputs in seen for x in inputs[:3])
+    assert all(p.grad.isfinite().all() for p in mistral.parameters())
 
 
 def test_compiled_forward_equals_eager(students, tokens):

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from t2r.model.mixers.base import MixerOptions, RecurrentMixer, Rotary, States, head_shape, rotate
+from t2r.model.mixers.base import MixerOptions, RecurrentMixer, RMSNorm, Rotary, States, head_shape, rotate
 from t2r.model.sequence import SequenceInfo
 from t2r_kernels import gsa, gsa_step
 
@@ -43,7 +43,7 @@ class ABCMixer(RecurrentMixer):
         self.gate_proj = nn.Linear(config.hidden_size, self.heads * options.slots, bias=False)
         if options.output_gate:
             self.g_proj = nn.Linear(config.hidden_size, self.query_heads * self.head_dim, bias=False)
-            self.g_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.g_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:
         """W and U normal, the norm's weight 1."""

@@ -5,6 +5,7 @@ import math
 from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -126,6 +127,15 @@ class Mixer(nn.Module):
         return RecurrentLayer()
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight follows its input's dtype, as autocast has it for matrices: of two dtypes torch has no fused
+    kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] normed over its last dimension."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class RecurrentMixer(Mixer):
     """A mixer that is a linear recurrence; a kind says what goes into it, how it runs and what comes out."""
 
@@ -183,8 +193,10 @@ class RecurrentMixer(Mixer):
 
 
 def rotate(q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """The host's rotary positions on q [B, T, HQ, D] and k [B, T, H, D]."""
-    return apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+    """The host's rotary positions on q [B, T, HQ, D] and k [B, T, H, D], in their own dtype: under autocast a host's
+    cosines may be wider, and v is not."""
+    rotated_q, rotated_k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+    return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
 
 
 def head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from t2r.model.mixers.base import MixerOptions, Rotary, States
+from t2r.model.mixers.base import MixerOptions, RMSNorm, Rotary, States
 from t2r.model.mixers.recurrence import LinearRecurrence, silence
 from t2r.model.sequence import SequenceInfo
 
@@ -43,7 +43,7 @@ class GLAMixer(LinearRecurrence):
                 nn.Linear(config.hidden_size, options.rank, bias=False),
                 nn.Linear(options.rank, self.heads * self.head_dim),
             )
-            self.g_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.g_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.scale = self.scaling
 
     def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from t2r.model.mixers.base import MixerOptions, RecurrentMixer, Rotary, States, head_shape, rotate
+from t2r.model.mixers.base import MixerOptions, RecurrentMixer, RMSNorm, Rotary, States, head_shape, rotate
 from t2r.model.sequence import SequenceInfo
 from t2r_kernels import gsa, gsa_gates, gsa_step
 
@@ -93,7 +93,7 @@ class GSAMixer(RecurrentMixer):
         self.gate_proj = nn.Linear(config.hidden_size, math.prod(gates), bias=False)
         if options.style == "paper":
             eps = config.rms_norm_eps if options.norm_eps is None else options.norm_eps
-            self.g_norm = nn.RMSNorm(self.query_heads * self.head_dim, eps=eps)
+            self.g_norm = RMSNorm(self.query_heads * self.head_dim, eps=eps)
             self.scaling = 1.0
         else:
             # apart from gate_proj, so that they are added in float32 however low the weights' precision is

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from t2r.model.mixers.base import MixerOptions, Rotary, States
+from t2r.model.mixers.base import MixerOptions, RMSNorm, Rotary, States
 from t2r.model.mixers.recurrence import LinearRecurrence, silence
 from t2r.model.sequence import SequenceInfo
 
@@ -30,7 +30,7 @@ class HGRN2Mixer(LinearRecurrence):
 
     def __init__(self, attention: nn.Module, config: PreTrainedConfig, options: HGRN2Options, layer_idx: int) -> None:
         super().__init__(attention, config, options, layer_idx)
-        self.g_norm = nn.RMSNorm(self.query_heads * self.head_dim, eps=config.rms_norm_eps)
+        self.g_norm = RMSNorm(self.query_heads * self.head_dim, eps=config.rms_norm_eps)
         self.lower_bound = layer_idx / config.num_hidden_layers
 
     def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:

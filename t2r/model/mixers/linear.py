@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from t2r.model.mixers.base import MixerOptions, Rotary, States, head_shape, rotate
+from t2r.model.mixers.base import MixerOptions, RMSNorm, Rotary, States, head_shape, rotate
 from t2r.model.mixers.recurrence import LinearRecurrence, retention, silence
 from t2r.model.sequence import SequenceInfo
 from t2r_kernels import gla, gla_step
@@ -47,7 +47,7 @@ class LinearMixer(LinearRecurrence):
             self.k_bias = nn.Parameter(torch.empty(self.heads, self.head_dim))
         self.decays = options.map == "supra"
         if self.decays:
-            self.g_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.g_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.scale, self.gate = self.scaling, "scalar"  # type: ignore[misc]
 
     def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ class LinearMixer(LinearRecurrence):
         x = torch.einsum("bthd,hde->bthe", x, self.get_parameter(f"{side}_map"))
         if self.options.map == "hedgehog":
             return torch.cat([x, -x], -1).softmax(-1)
-        return F.relu(x + self.get_parameter(f"{side}_bias"))
+        return F.relu(x + self.get_parameter(f"{side}_bias").to(x.dtype))
 
     def scan(
         self, inputs: States, state: States | None, output_final_state: bool, cu_seqlens: Tensor | None
