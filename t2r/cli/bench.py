@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from t2r.cli import bench_mqar, bench_train
+from t2r.cli import bench_decode, bench_mqar, bench_train
 
 
 @click.group(help="Time kernels, decoding and training on this machine.")
@@ -13,6 +13,7 @@ def command() -> None:
     pass
 
 
+command.add_command(bench_decode.command)
 command.add_command(bench_mqar.command)
 command.add_command(bench_train.command)
 bench = command

@@ -7,20 +7,7 @@ from typing import Any
 
 import click
 
-# The published configuration of mistralai/Mistral-7B-v0.1, its window left out: nothing here is longer than it.
-MISTRAL_7B: dict[str, Any] = {
-    "model_type": "mistral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "sliding_window": None,
-}
+from t2r.cli import bench_config
 
 
 @click.command("train", short_help="Time the training stages on random weights.")
@@ -61,7 +48,7 @@ def command(config: str, output: Path | None, profile: Path | None, **options: A
     from t2r.train.speed import matrix_rate
     from t2r_evals.provenance import machine, versions
 
-    host = _host(config, options["layers"])
+    host = bench_config.host(config, options["layers"])
     state = processes()
     tell = click.echo if state.is_main_process else lambda *args, **kwargs: None
     rate = matrix_rate(state.device, 8192 if state.device.type == "cuda" else 1024)
@@ -129,12 +116,8 @@ def _measure(
 def _recipe(row: dict[str, Any], micro: int, steps: int, options: dict[str, Any], number: int) -> Any:
     import json
 
-    import yaml
-
     from t2r.recipe import parse_recipe
 
-    kind, _, text = options["mixer"].partition(":")
-    mixer = {key: yaml.safe_load(value) for key, value in (part.split("=") for part in text.split(",") if part)}
     batch = micro * row["length"] * options["accumulate"] * number
     stage: dict[str, Any] = {
         "kind": row["stage"],
@@ -154,32 +137,13 @@ def _recipe(row: dict[str, Any], micro: int, steps: int, options: dict[str, Any]
         stage["adapter"] = {"kind": "lora", "r": 16, "alpha": 32.0}
     content = {
         "model": {"source": "random", "dtype": "bfloat16" if options["precision"] == "bf16" else "float32"},
-        "mixer": {"name": kind, **mixer},
+        "mixer": bench_config.mixer(options["mixer"]),
         "data": {"source": "random"},
         "stages": [stage],
         "distributed": {"fsdp": row["train"] == "full", "gather": options["gather"]},
         "output": "random",
     }
     return parse_recipe(json.dumps(content), name="t2r bench train")
-
-
-def _host(config: str, layers: int | None) -> Any:
-    """The teacher's configuration."""
-    from transformers import AutoConfig
-
-    from t2r.errors import InputError
-
-    if config == "mistral-7b":
-        host = AutoConfig.for_model(**MISTRAL_7B)
-    elif (Path(config) / "config.json").is_file():
-        host = AutoConfig.from_pretrained(config, trust_remote_code=False)
-    else:
-        raise InputError(f"--config {config}: neither mistral-7b nor a folder with a config.json")
-    if layers is not None:
-        host.num_hidden_layers = layers
-        if getattr(host, "layer_types", None):
-            host.layer_types = host.layer_types[:layers]
-    return host
 
 
 def _line(result: dict[str, Any]) -> str:

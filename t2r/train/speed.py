@@ -52,11 +52,11 @@ def measure_stage(
     device = state.device
     teacher = None
     if not isinstance(stage, FinetuneStage):
-        teacher = _build(host, getattr(torch, recipe.model.dtype), device).eval().requires_grad_(False)
+        teacher = random_model(host, getattr(torch, recipe.model.dtype), device).eval().requires_grad_(False)
         if stage.fused:
             fuse(teacher, device)
     mixers = assign_mixers(recipe.mixer, host.num_hidden_layers)
-    student = _build(student_config(host, mixers), torch.float32, device)
+    student = random_model(student_config(host, mixers), torch.float32, device)
     objective = make_objective(stage, teacher)
     model = make_trainable(student, stage, "random", device)
     flops = training_flops(model, teacher, stage, min(document, stage.sequence_length))
@@ -103,7 +103,7 @@ def matrix_rate(device: torch.device, size: int) -> float:
     return 2 * size**3 / statistics.median(times[5:])
 
 
-def _build(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
+def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
     """A model with random weights, made where it will run."""
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
