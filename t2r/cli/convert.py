@@ -1,6 +1,7 @@
 """`t2r convert`: turn a pretrained Transformer into a recurrent student."""
 
 import sys
+from typing import Any
 
 import click
 
@@ -26,6 +27,11 @@ import click
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the new parameters' initial values.")
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or Inf.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that t2r wrote before.")
+@click.option(
+    "--calibrate",
+    metavar="TEXT",
+    help="Measure the untrained student on this text: every layer's output error, KL and loss. Loads the teacher.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, every tensor by name.")
 def command(
@@ -41,6 +47,7 @@ def command(
     seed: int,
     allow_nonfinite: bool,
     overwrite: bool,
+    calibrate: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -57,7 +64,7 @@ def command(
 
     from t2r.convert.plan import make_plan
     from t2r.convert.run import check_destination, check_space, execute
-    from t2r.convert.show import make_console, print_plan
+    from t2r.convert.show import make_console, print_init_report, print_plan
     from t2r.model.mixers import parse_options
     from t2r.resources import resolve
 
@@ -71,10 +78,13 @@ def command(
     plan = make_plan(source, mixers, dtype=written, max_shard_size=max_shard_size, seed=seed, dry_run=dry_run)
     if destination is not None:
         check_space(Path(destination), plan.nbytes, plan.checkpoint.copied_files())
+    report = None if calibrate is None else _init_report(source, list(plan.config.mixers), calibrate, written, seed)
     if as_json:
-        click.echo(json.dumps(plan.to_json(), indent=1))
+        click.echo(json.dumps(plan.to_json() | ({} if report is None else {"calibration": report}), indent=1))
     else:
         print_plan(plan, make_console())
+        if report is not None:
+            print_init_report(report, make_console())
     if dry_run or destination is None:
         return
     execute(
@@ -83,8 +93,18 @@ def command(
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
         command=["t2r", *sys.argv[1:]],
+        calibration=report,
     )
     click.echo(f"{destination}: converted and verified", err=True)
+
+
+def _init_report(source: str, entries: list[Any], text: str, dtype: str | None, seed: int) -> dict[str, Any]:
+    from t2r.convert.calibrate import calibrate
+    from t2r.recipe.schema import DataSource
+    from t2r.train.documents import open_source, stream_documents
+
+    documents = stream_documents(open_source(DataSource(source=[text])))
+    return calibrate(source, entries, documents, dtype=dtype, seed=seed)
 
 
 def _settings(settings: tuple[str, ...]) -> dict[str, object]:

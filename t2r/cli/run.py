@@ -62,10 +62,10 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
 
 def convert_student(recipe: "Recipe", folder: "RunFolder") -> None:
     """The teacher as a student before any training, in `converted/`: the control "no-training"."""
-    _convert(recipe, recipe.mixer, folder.converted)
+    _convert(recipe, recipe.mixer, folder.converted, calibrate=recipe.calibrate.windows > 0)
 
 
-def _convert(recipe: "Recipe", mixers: "Sequence[MixerOptions]", destination: Path) -> None:
+def _convert(recipe: "Recipe", mixers: "Sequence[MixerOptions]", destination: Path, *, calibrate: bool = False) -> None:
     from t2r.convert import convert
     from t2r.resources import resolve
 
@@ -73,6 +73,7 @@ def _convert(recipe: "Recipe", mixers: "Sequence[MixerOptions]", destination: Pa
         _say(f"{destination}: there and verified, kept")
         return
     source = resolve(recipe.model.source)
+    report = _init_report(recipe, source) if calibrate else None
     convert(
         source,
         destination,
@@ -81,8 +82,29 @@ def _convert(recipe: "Recipe", mixers: "Sequence[MixerOptions]", destination: Pa
         seed=recipe.seed,
         command=_command(),
         overwrite=True,
+        calibration=report,
     )
     _say(f"{destination}: converted from {recipe.model.source}")
+
+
+def _init_report(recipe: "Recipe", source: str) -> dict[str, Any]:
+    """What the student is before training, on the first windows of the training text; printed too."""
+    from t2r.convert.calibrate import calibrate
+    from t2r.convert.plan import make_plan
+    from t2r.convert.show import make_console, print_init_report
+    from t2r.train.documents import open_source, stream_documents
+
+    report = calibrate(
+        source,
+        list(make_plan(source, recipe.mixer, dtype=recipe.model.dtype).config.mixers),
+        stream_documents(open_source(recipe.data)),
+        windows=recipe.calibrate.windows,
+        window=recipe.calibrate.window,
+        dtype=recipe.model.dtype,
+        seed=recipe.seed,
+    )
+    print_init_report(report, make_console())
+    return report
 
 
 def train_student(recipe: "Recipe", folder: "RunFolder", resume: str) -> None:

@@ -50,23 +50,19 @@ def command(
     from t2r.model import assign_mixers, load
     from t2r.recipe import load_recipe
     from t2r.resources import resolve
-    from t2r.train.documents import open_source
+    from t2r.train.documents import open_source, stream_documents
 
     recipe = load_recipe(recipe_name, list(overrides))
     if write is not None and write.exists():
         raise InputError(f"--write {write}: exists; name another file")
     if slots is not None and len(recipe.mixer) > 1:
         raise InputError(f"--slots: the recipe has {len(recipe.mixer)} mixers; slots are placed for one")
-    reader = open_source(recipe.data).open(None, None)
+    documents = stream_documents(open_source(recipe.data))
     teacher, tokenizer = load(
         resolve(recipe.model.source), dtype=recipe.model.dtype if dtype == "recipe" else dtype, device=device
     )
-    documents = iter(lambda: next(reader, None), None)  # type: ignore[call-overload]
-    probe = Probe(
-        teacher,
-        calibration_windows(documents, tokenizer, windows=windows, window=window),  # type: ignore[arg-type]
-        seed=recipe.seed,
-    )
+    ids = calibration_windows(documents, tokenizer, windows=windows, window=window)
+    probe = Probe(teacher, ids, seed=recipe.seed)
     entries = assign_mixers(recipe.mixer, probe.layers)
     _show_ranking(probe, rank(probe, entries), entries)
     kept: list[int] = []

@@ -1,7 +1,7 @@
 """What a conversion loses before any training, measured on text: per layer, and for the whole student."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from t2r.convert.swap import Entry, SwappedStudent
 from t2r.errors import InputError
+from t2r.model import load
 from t2r.model.mixers import Mixer
 from t2r.model.sequence import SequenceInfo
 
@@ -24,7 +25,7 @@ class Score(NamedTuple):
     loss: float
 
 
-def calibration_windows(documents: Sequence[str], tokenizer: Any, *, windows: int, window: int) -> Tensor:
+def calibration_windows(documents: Iterable[str], tokenizer: Any, *, windows: int, window: int) -> Tensor:
     """Ids [N, T + 1]: windows of T inputs and their targets over the documents joined in order, each with its BOS and
     EOS where the tokenizer has them.
 
@@ -58,6 +59,7 @@ class Probe:
         self._swapped = SwappedStudent(teacher, seed=seed)
         batch = max(1, _BATCH_TOKENS // (windows.shape[1] - 1))
         self._batches = list(windows.to(teacher.device).split(batch))
+        self.tokens = windows[:, 1:].numel()
         self._known: dict[str, Score] = {}
         with torch.inference_mode():
             self._hidden = [_hidden(teacher, ids) for ids in self._batches]
@@ -76,7 +78,7 @@ class Probe:
             sums = torch.zeros(2, dtype=torch.float64)
             for ids, reference in zip(self._batches, self._hidden, strict=True):
                 sums += _compare(self.teacher.lm_head.weight, reference, _hidden(student, ids), ids[:, 1:].flatten())
-            self._known[key] = Score(*(sums / sum(ids[:, 1:].numel() for ids in self._batches)).tolist())
+            self._known[key] = Score(*(sums / self.tokens).tolist())
         return self._known[key]
 
     @torch.inference_mode()
@@ -108,10 +110,40 @@ class Probe:
         return [None if mixer is None else value for mixer, value in zip(mixers, relative, strict=True)]
 
 
+def calibrate(
+    source: str,
+    entries: Sequence[Entry],
+    documents: Iterable[str],
+    *,
+    windows: int = 4,
+    window: int = 2048,
+    dtype: str | None = "bfloat16",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The init report of a conversion that need not have been made.
+
+    Args:
+        source: folder or Hub id of the teacher, which is loaded whole.
+        entries: the mixer of each layer, None where the attention stays.
+        documents: text; the first `windows` windows of `window` tokens are read.
+        dtype, seed: those of the conversion.
+
+    Raises:
+        InputError: too little text, or a source that is no teacher.
+    """
+    teacher, tokenizer = load(source, dtype=dtype or "auto")
+    ids = calibration_windows(documents, tokenizer, windows=windows, window=window)
+    return init_report(Probe(teacher, ids, seed=seed), entries)
+
+
 def init_report(probe: Probe, entries: Sequence[Entry]) -> dict[str, Any]:
-    """What a student with these mixers is before training: {"tokens", "teacher_loss", "loss", "kl", "layers"}, the last
-    a list of {"layer", "mixer", "output_error", "kl_alone"}: the layer's own error, and the KL when it alone is
-    converted."""
+    """What a student with these mixers is before training, on this text.
+
+    Returns:
+        {"tokens", "teacher_loss", "loss", "kl", "layers"}: losses and KL(teacher || student) in nats per token, and of
+        every converted layer {"layer", "mixer", "output_error", "kl_alone"}, the error as in `Probe.output_errors`,
+        the KL when this layer alone is converted.
+    """
     errors = probe.output_errors(entries)
     whole, teacher = probe.score(entries), probe.score([None] * probe.layers)
     layers = []
@@ -121,8 +153,7 @@ def init_report(probe: Probe, entries: Sequence[Entry]) -> dict[str, Any]:
             alone[index] = entry
             row = {"layer": index, "mixer": entry["name"], "output_error": errors[index]}
             layers.append(row | {"kl_alone": probe.score(alone).kl})
-    tokens = sum(ids[:, 1:].numel() for ids in probe._batches)
-    return {"tokens": tokens, "teacher_loss": teacher.loss, "loss": whole.loss, "kl": whole.kl, "layers": layers}
+    return {"tokens": probe.tokens, "teacher_loss": teacher.loss, "loss": whole.loss, "kl": whole.kl, "layers": layers}
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def convert(
     seed: int = 0,
     allow_nonfinite: bool = False,
     command: Sequence[str] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Convert a pretrained Transformer into a student and publish it as a folder that transformers loads.
 
@@ -53,6 +54,7 @@ def convert(
         seed: of the new tensors' initial values; equal arguments give equal bytes.
         allow_nonfinite: convert weights that hold NaN or Inf.
         command: the command line, for the model card.
+        calibration: an init report (t2r.convert.calibrate), kept in conversion.json.
 
     Raises:
         InputError: bad input, in one line; nothing is left behind.
@@ -61,7 +63,14 @@ def convert(
     source, destination = str(source), Path(destination)
     check_destination(source, destination, overwrite=overwrite)
     plan = make_plan(source, mixers, dtype=dtype, max_shard_size=max_shard_size, seed=seed)
-    execute(plan, destination, overwrite=overwrite, allow_nonfinite=allow_nonfinite, command=command)
+    execute(
+        plan,
+        destination,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        command=command,
+        calibration=calibration,
+    )
     return plan
 
 
@@ -72,6 +81,7 @@ def execute(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     command: Sequence[str] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> None:
     """Carry out a plan. Arguments and errors as in `convert`."""
     check_space(destination, plan.nbytes, plan.checkpoint.copied_files())
@@ -83,6 +93,8 @@ def execute(
             shutil.copyfile(path, staging / path.name)
         write_card(plan, staging, destination, command)
         record = plan.to_json() | {"command": list(command or []), "versions": versions()}
+        if calibration is not None:
+            record["calibration"] = dict(calibration)
         write_json(staging / RECORD, record)
         (staging / PENDING_CONFIG).write_text(plan.config.to_json_string())
 

@@ -44,6 +44,24 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"config.json keys left behind: {', '.join(plan.ignored_config_keys)}", markup=False)
 
 
+def print_init_report(report: Mapping[str, Any], console: Console) -> None:
+    """What the untrained student loses (t2r.convert.calibrate), layer by layer and in all."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"Before training, on {report['tokens']:,} tokens", title_justify="left")
+    table.add_column("layer")
+    table.add_column("mixer")
+    table.add_column("output error", justify="right")
+    table.add_column("KL, it alone converted", justify="right")
+    for row in report["layers"]:
+        table.add_row(str(row["layer"]), row["mixer"], f"{row['output_error']:.4f}", f"{row['kl_alone']:.4f}")
+    console.print(table)
+    above = report["loss"] - report["teacher_loss"]
+    console.print(
+        f"loss {report['loss']:.4f}, {above:+.4f} against the teacher's {report['teacher_loss']:.4f}; "
+        f"KL {report['kl']:.4f}",
+        highlight=False,
+    )
+
+
 def make_console() -> Console:
     """A console on standard output that does not fold its tables to 80 columns when that is a file or a pipe."""
     console = Console()

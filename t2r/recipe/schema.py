@@ -54,6 +54,14 @@ class Data(DataSource):
     validation: DataSource | None = None
 
 
+class Calibrate(Section):
+    """Whether `t2r run` measures the untrained student on the first windows of the training text: every layer's output
+    error, KL and loss."""
+
+    windows: Annotated[int, Field(ge=0)] = Field(default=0, description="windows of text; 0: do not measure")
+    window: Count = Field(default=2048, description="tokens per window")
+
+
 class Evaluate(Section):
     """What `t2r run` measures at the end, on teacher, student and controls."""
 
@@ -110,6 +118,7 @@ class Recipe(Section):
     model: Model
     mixer: Annotated[list[AnyMixerOptions], BeforeValidator(_as_list), Field(min_length=1)]
     data: Data
+    calibrate: Calibrate = Calibrate()
     stages: list[Stage] = Field(min_length=1)
     evaluate: Evaluate = Evaluate()
     generate: Generate = Generate()

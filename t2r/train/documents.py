@@ -60,10 +60,15 @@ def open_source(options: DataSource) -> Source:
     return FileSource(files, options)
 
 
+def stream_documents(source: Source) -> Iterator[str]:
+    """Every document of a source once, in its own order."""
+    reader = source.open(None, None)
+    return iter(lambda: next(reader, None), None)  # type: ignore[arg-type, call-overload, return-value]
+
+
 def read_documents(options: DataSource) -> list[str]:
     """Every document of a source, in its own order. For validation text, which fits in memory."""
-    reader = open_source(options).open(None, None)
-    return list(iter(lambda: next(reader, None), None))  # type: ignore[arg-type, call-overload]
+    return list(stream_documents(open_source(options)))
 
 
 def _local_files(text: str) -> list[Path] | None:

@@ -194,3 +194,29 @@ def test_what_cannot_be_chosen_is_told_in_one_line(t2r, options, told):
     assert answer.code == 2
     assert answer.err.splitlines()[-1].startswith("Error: ")
     assert told in answer.err
+
+
+def test_convert_reports_the_start_and_keeps_it(t2r, embedded_teacher, tmp_path):
+    text = "shipped:demo/data/train.parquet"
+    answer = t2r(
+        "convert", embedded_teacher, tmp_path / "student", "--layers", "5", "--slots", "16", "--calibrate", text
+    )
+    assert answer.code == 0, answer.err
+    report = json.loads((tmp_path / "student" / "conversion.json").read_text())["calibration"]
+    (layer,) = report["layers"]
+    assert (layer["layer"], layer["mixer"]) == (5, "gsa")
+    assert layer["kl_alone"] == report["kl"] > 0.01
+    assert f"{layer['output_error']:.4f}" in answer.out
+    assert f"{report['loss']:.4f}, {report['loss'] - report['teacher_loss']:+.4f}" in answer.out
+
+
+def test_run_reports_the_start_when_the_recipe_asks(embedded_teacher, tmp_path, capsys):
+    from t2r.cli.run import convert_student
+    from t2r.recipe import RunFolder
+
+    recipe = load_recipe("demo", [f"output={tmp_path}", "mixer.layers=5", "calibrate={windows: 1, window: 128}"])
+    convert_student(recipe, RunFolder(recipe))
+    report = json.loads((tmp_path / "converted" / "conversion.json").read_text())["calibration"]
+    assert report["tokens"] == 128
+    assert [layer["layer"] for layer in report["layers"]] == [5]
+    assert "Before training, on 128 tokens" in capsys.readouterr().out
