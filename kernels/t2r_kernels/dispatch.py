@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BACKENDS = ("auto", "naive", "torch", "triton")
 logger = logging.getLogger("t2r_kernels")
@@ -63,6 +64,13 @@ def _why_not_triton(op: str, tensors: tuple[Tensor, ...], on_gpu: bool) -> str |
     return module if isinstance(module, str) else None
 
 
+def watched(x: Tensor) -> bool:
+    """Whether something wants to see operators and not what is in them: a compiler, a dispatch mode (selective
+    checkpointing, fake tensors), a subclass of Tensor. Without that an operator only costs: as much as the kernels at
+    short lengths, and at its first call a second and a half, in which torch imports its compiler."""
+    return type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
 def without_autocast(device: torch.device) -> torch.autocast:
     """Every backend accumulates in float32 by itself; autocast would round its matrix products to bfloat16."""
     return torch.autocast(device.type, enabled=False)
@@ -70,7 +78,8 @@ def without_autocast(device: torch.device) -> torch.autocast:
 
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], layout: str) -> None:
     """ValueError unless x has this shape (None: any length)."""
-    if x.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
+    fits = x.dim() == len(shape) and all(want is None or want == got for want, got in zip(shape, x.shape, strict=True))
+    if not fits:
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, must be {layout} = [{wanted}]")
 
@@ -109,7 +118,7 @@ def check_same_place(op: str, named: dict[str, Tensor | None]) -> None:
 def count_sequences(op: str, k: Tensor, cu_seqlens: Tensor | None) -> int:
     """N: the batch, or the number of documents bounded by cu_seqlens.
 
-    The bounds themselves are read only where that needs no synchronisation with a GPU.
+    The bounds themselves are read only where that needs no synchronisation with a GPU and breaks no graph.
     """
     if cu_seqlens is None:
         return k.shape[0]
@@ -119,7 +128,7 @@ def count_sequences(op: str, k: Tensor, cu_seqlens: Tensor | None) -> int:
         raise ValueError(
             f"{op}: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, must be int32 [N + 1]"
         )
-    if cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last, drop = int(cu_seqlens[0]), int(cu_seqlens[-1]), bool((cu_seqlens.diff() < 0).any())
         if first != 0 or last != k.shape[1] or drop:
             raise ValueError(f"{op}: cu_seqlens must rise from 0 to T = {k.shape[1]}, got {first} ... {last}")

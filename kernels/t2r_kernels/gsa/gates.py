@@ -55,10 +55,9 @@ def gsa_gates(
         raise ValueError("gsa_gates: amplitude is given, so position must be too")
     if sinks < 0 or ring < 0 or sinks + ring > slots:
         raise ValueError(f"gsa_gates: sinks {sinks} + ring {ring} must be at most the {slots} slots of gate")
-    chosen = dispatch.choose("gsa", backend, (gate,))
-    with dispatch.without_autocast(gate.device):
-        run = _gates_triton if chosen == "triton" else gates_torch
-        return run(gate, bias, amplitude, position, mask, sinks, ring, tau)
+    if dispatch.choose("gsa", backend, (gate,)) == "triton":
+        return _gates_triton(gate, bias, amplitude, position, mask, sinks, ring, tau)
+    return gates_torch(gate, bias, amplitude, position, mask, sinks, ring, tau)
 
 
 def gates_torch(

@@ -164,11 +164,11 @@ class RecurrentMixer(Mixer):
         """o [B, T, HQ, V] and, with `keep`, the states after the last token."""
         if info.cu_seqlens is not None:
             flat = tuple(x.flatten(0, 1)[None] for x in inputs)
-            o, _ = self._scan(flat, None, False, info.cu_seqlens)
+            o, _ = self.scan(flat, None, False, info.cu_seqlens)
             return o[0].unflatten(0, info.position.shape), None
         if state is not None and inputs[0].shape[1] == 1 and not torch.is_grad_enabled():
             return self.step(tuple(x[:, 0] for x in inputs), state)[:, None], state
-        return self._scan(inputs, state, keep, None)
+        return self.scan(inputs, state, keep, None)
 
     def forward(
         self,
@@ -185,11 +185,6 @@ class RecurrentMixer(Mixer):
         if layer is not None:
             layer.store(states)
         return self.o_proj(self.finish(o)), None
-
-    @torch.compiler.disable
-    def _scan(self, *args: Any) -> tuple[Tensor, Any]:
-        """`scan`, which torch.compile leaves as it is: the kernels are compiled by other means."""
-        return self.scan(*args)
 
 
 def rotate(q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:

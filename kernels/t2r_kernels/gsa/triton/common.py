@@ -20,6 +20,16 @@ LOG2E = 1.4426950408889634
 FLOOR = tl.constexpr(-512.0)
 
 
+# triton.cdiv and triton.next_power_of_2 serve kernels too and cost microseconds in Python: a launch calls many.
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The next one."""
+    return 1 << (n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Block sizes of one problem: every query head of a group shares a tile of `rows` = chunk * group rows."""
@@ -40,11 +50,11 @@ class Blocks:
 
 def choose_blocks(HQ: int, H: int, D: int, V: int, M: int, itemsize: int) -> Blocks:
     """The one configuration for these sizes. Rows are a multiple of 64, the height of a Hopper matrix instruction."""
-    slots = max(16, triton.next_power_of_2(M))
+    slots = max(16, power_of_two(M))
     rows = 128 if slots <= 64 and itemsize == 2 else 64
     if slots > 64 and itemsize == 4:
         rows = 32 if slots <= 128 else 16  # three tf32 passes over more would need more shared memory than there is
-    group = min(triton.next_power_of_2(HQ // H), rows // 16)
+    group = min(power_of_two(HQ // H), rows // 16)
     chunk = min(64 if rows == 128 else 32, max(16, rows // group))
     width = 64 if itemsize == 2 else 32
     if slots > 128:
@@ -52,10 +62,10 @@ def choose_blocks(HQ: int, H: int, D: int, V: int, M: int, itemsize: int) -> Blo
     return Blocks(
         chunk=chunk,
         group=group,
-        group_tiles=triton.cdiv(HQ // H, group),
+        group_tiles=ceil_div(HQ // H, group),
         slots=slots,
-        key=min(width, max(16, triton.next_power_of_2(D))),
-        value=min(width, max(16, triton.next_power_of_2(V))),
+        key=min(width, max(16, power_of_two(D))),
+        value=min(width, max(16, power_of_two(V))),
         warps=8 if chunk * group * slots >= 8192 or (slots > 64 and itemsize == 4) else 4,
         stages=2 if itemsize == 2 else 1,
     )
@@ -96,7 +106,7 @@ class Chunks:
 def find_chunks(B: int, T: int, chunk: int, cu_seqlens: torch.Tensor | None) -> Chunks:
     """Cuts every document into chunks without waiting for the device: the count is an upper bound for packed input."""
     if cu_seqlens is None:
-        per = triton.cdiv(T, chunk)
+        per = ceil_div(T, chunk)
         return Chunks(B * per, B, per, None, None)
     N = cu_seqlens.numel() - 1
     cu = cu_seqlens.long()

@@ -1,9 +1,14 @@
 """Logits to log alpha in one pass and back in one: `t2r_kernels.gsa_gates` as torch operators."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ... import dispatch
+from .common import ceil_div, power_of_two
 
 TOKENS = tl.constexpr(16)
 SPAN = 256  # tokens whose gradients for bias and amplitude one program sums
@@ -97,7 +102,7 @@ def _arguments(gate: Tensor, bias, amplitude, position, mask, sinks: int, ring: 
     tokens, columns = gate.shape[0] * gate.shape[1], gate.shape[2] * gate.shape[3]
     flags = {
         "BIAS": bias is not None, "CLOCK": amplitude is not None, "FIRST": position is not None,
-        "MASKED": mask is not None, "BC": min(128, triton.next_power_of_2(columns)),
+        "MASKED": mask is not None, "BC": min(128, power_of_two(columns)),
     }  # fmt: skip
     bias, amplitude, position, mask = (None if x is None else x.contiguous() for x in (bias, amplitude, position, mask))
     mask = None if mask is None else mask.view(torch.uint8)
@@ -117,7 +122,7 @@ def _forward(
     gate = gate.contiguous()
     tensors, sizes, flags = _arguments(gate, bias, amplitude, position, mask, sinks, ring, tau)
     log_alpha = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
-    grid = (triton.cdiv(sizes[0], TOKENS.value), triton.cdiv(sizes[1], flags["BC"]))
+    grid = (ceil_div(sizes[0], TOKENS.value), ceil_div(sizes[1], flags["BC"]))
     gates_forward_kernel[grid](gate, *tensors, log_alpha, *sizes, **flags, num_warps=4)
     return log_alpha
 
@@ -130,8 +135,7 @@ def _(gate, bias, amplitude, position, mask, sinks, ring, tau):
     return gate.new_empty(gate.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("t2r_kernels::gsa_gates_backward", mutates_args=())
-def gates_backward(
+def _backward(
     dlog_alpha: Tensor,
     gate: Tensor,
     bias: Tensor | None,
@@ -145,13 +149,13 @@ def gates_backward(
     """dgate, and the gradients of bias and amplitude in fp32 (empty tensors without them)."""
     gate, dlog_alpha = gate.contiguous(), dlog_alpha.contiguous()
     tensors, sizes, flags = _arguments(gate, bias, amplitude, position, mask, sinks, ring, tau)
-    programs = triton.cdiv(sizes[0], SPAN)
+    programs = ceil_div(sizes[0], SPAN)
     dgate = torch.empty_like(gate)
     sums = [
         torch.empty(programs if x is not None else 0, *gate.shape[2:], dtype=torch.float32, device=gate.device)
         for x in (bias, amplitude)
     ]
-    grid = (programs, triton.cdiv(sizes[1], flags["BC"]))
+    grid = (programs, ceil_div(sizes[1], flags["BC"]))
     gates_backward_kernel[grid](
         gate, *tensors, dlog_alpha, dgate, *sums, *sizes, **flags, STEPS=SPAN // TOKENS.value, num_warps=4
     )
@@ -159,6 +163,9 @@ def gates_backward(
         x.new_empty(0) if given is None else x.sum(0) for x, given in zip(sums, (bias, amplitude), strict=True)
     )
     return dgate, dbias, damplitude
+
+
+gates_backward = torch.library.custom_op("t2r_kernels::gsa_gates_backward", mutates_args=())(_backward)
 
 
 @gates_backward.register_fake
@@ -173,17 +180,30 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx, dlog_alpha):
+def _gradients(ctx, dlog_alpha, backward=gates_backward):
     gate, bias, amplitude, position, mask = ctx.saved_tensors
-    dgate, dbias, damplitude = gates_backward(
-        dlog_alpha, gate, bias, amplitude, position, mask, ctx.sinks, ctx.ring, ctx.tau
-    )
+    dgate, dbias, damplitude = backward(dlog_alpha, gate, bias, amplitude, position, mask, ctx.sinks, ctx.ring, ctx.tau)
     dbias = None if bias is None else dbias.to(bias.dtype)
     damplitude = None if amplitude is None else damplitude.to(amplitude.dtype)
     return dgate, dbias, damplitude, None, None, None, None, None
 
 
 gates_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+class _Direct(torch.autograd.Function):
+    """The same without operators."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlog_alpha):
+        return _gradients(ctx, dlog_alpha, backward=_backward)
 
 
 def gates_triton(
@@ -197,5 +217,9 @@ def gates_triton(
     tau: float,
 ) -> Tensor:
     """Shapes as in `t2r_kernels.gsa_gates`. Deterministic: the sums for bias and amplitude use no atomics."""
-    plain = type(gate) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return (_forward if plain else gates_forward)(gate, bias, amplitude, position, mask, sinks, ring, tau)
+    run: Callable
+    if dispatch.watched(gate):
+        run = gates_forward
+    else:
+        run = _Direct.apply if torch.is_grad_enabled() else _forward
+    return run(gate, bias, amplitude, position, mask, sinks, ring, tau)

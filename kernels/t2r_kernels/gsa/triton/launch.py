@@ -3,8 +3,7 @@
 FORWARD = {"num_warps": 4, "num_stages": 2}
 QUERY = {"num_warps": 4, "num_stages": 3}
 QUERY_COLUMNS = 64
-KEY = {"num_warps": 4, "num_stages": 3}
-KEY_COLUMNS = 64
+KEY = {"num_warps": 8, "num_stages": 2}
 STATES = {"num_warps": 8, "num_stages": 3}
 STATE_COLUMNS = 128
 FORWARD_PROGRAMS = 2  # per multiprocessor: as many as fit at a time

@@ -11,6 +11,7 @@ from .common import (
     Blocks,
     Chunks,
     Numerics,
+    ceil_div,
     chunk_range,
     dot,
     load_log2_alpha,
@@ -124,7 +125,7 @@ def scan(states, gamma, incoming, outgoing, chunks: Chunks, D: int, V: int, *, r
     block = 256
     in_k, in_v = incoming or (states, states)
     out_k, out_v = outgoing or (states, states)
-    scan_kernel[(chunks.sequences * H, triton.cdiv(E, block))](
+    scan_kernel[(chunks.sequences * H, ceil_div(E, block))](
         states, gamma, in_k, in_v, out_k, out_v, chunks.first, chunks.per_sequence, H, E, D, V, block,
         PACKED=chunks.first is not None, REVERSE=reverse, HAS_IN=incoming is not None, HAS_OUT=outgoing is not None,
         num_warps=4,

@@ -17,7 +17,18 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .common import Chunks, chunk_range, find_chunks, load_log2_alpha, masked_sum, row_offsets, split, write_weight
+from .common import (
+    Chunks,
+    ceil_div,
+    chunk_range,
+    find_chunks,
+    load_log2_alpha,
+    masked_sum,
+    power_of_two,
+    row_offsets,
+    split,
+    write_weight,
+)
 from .states import scan
 
 TILE = tl.constexpr(16)
@@ -28,7 +39,7 @@ TINY = tl.constexpr(2.0**-104)
 
 def pad(size: int) -> int:
     """Block width for `size` columns: a power of two, at least the 16 of a matrix instruction."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 def fits(HQ: int, H: int, D: int, V: int, M: int, dtype: torch.dtype) -> bool:
@@ -50,7 +61,7 @@ def segment_length(tokens: int, programs: int, device: torch.device, each: int) 
     As long as one launch still fills the device, but at least 128: a segment costs two states of traffic.
     """
     segments = max(1, each * processors(device) // programs)
-    return max(128, triton.cdiv(triton.cdiv(tokens, segments), 16) * 16)
+    return max(128, ceil_div(ceil_div(tokens, segments), 16) * 16)
 
 
 @triton.jit
@@ -194,12 +205,12 @@ class Walk:
     def slices(self) -> tuple[int, int]:
         """Width of a slice of the states' columns, and how many there are."""
         block = min(launch.STATE_COLUMNS, max(pad(self.D), pad(self.V)))
-        return block, triton.cdiv(self.D, block) + triton.cdiv(self.V, block)
+        return block, ceil_div(self.D, block) + ceil_div(self.V, block)
 
     def _launch(self, pairs, states, total, tiles, segments, length, group, reverse, empty):
         (xk, yk), (xv, yv) = pairs
         block, slices = self.slices()
-        rows = 16 * triton.next_power_of_2(group)
+        rows = 16 * power_of_two(group)
         options = dict(launch.STATES)
         # Both branches of the kernel (K, V) hold their own stages in shared memory, of which a program gets 227 KiB.
         while options["num_stages"] > 1 and 4 * options["num_stages"] * rows * (pad(self.M) + block) > 2**17 * 1.7:
@@ -223,14 +234,19 @@ class Walk:
         scan(states, total, incoming, outgoing, segments, self.D, self.V, reverse=reverse)
         return states
 
-    def tile_states(self, pairs, incoming, outgoing, *, group: int = 1, reverse: bool = False):
-        """[tiles, H, M, D + V] in the operand's type: the state at each tile's start, or the gradient at its end."""
+    def starts(self, pairs, incoming, outgoing, *, group: int = 1, reverse: bool = False):
+        """(states that segments meet or None, segments, their length) for one program per (segment, head, slice)."""
         programs = self.H * self.slices()[1] * (1 if self.cu_seqlens is not None else self.B)
         # Without segments one pass does; they pay where the device would stand half empty.
         filled = 2 * programs >= processors(self.device) and self.cu_seqlens is None
         length = self.T if filled else segment_length(self.T, programs, self.device, launch.STATE_PROGRAMS)
         segments = self.segments(length)
         states = self.segment_states(pairs, incoming, outgoing, segments, length, group=group, reverse=reverse)
+        return states, segments, length
+
+    def tile_states(self, pairs, incoming):
+        """[tiles, H, M, D + V] in the operand's type: the state at each tile's start."""
+        states, segments, length = self.starts(pairs, incoming, None)
         tiles = torch.empty(self.tile_count, self.H, self.M, self.D + self.V, dtype=self.store, device=self.device)
-        self._launch(pairs, states, None, tiles, segments, length, group, reverse, states is None)
+        self._launch(pairs, states, None, tiles, segments, length, 1, False, states is None)
         return tiles

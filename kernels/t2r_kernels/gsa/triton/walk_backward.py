@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .common import LOG2E, chunk_range, load_log2_alpha, load_rows, pairs_at, readable, row_offsets, write_weight
+from .common import (
+    LOG2E,
+    chunk_range,
+    load_log2_alpha,
+    load_rows,
+    pairs_at,
+    power_of_two,
+    readable,
+    row_offsets,
+    write_weight,
+)
 from .forward import softmax2
 from .walk import STEP, TILE, TINY, Walk, pad, read_factors, rest_of_tile
 
@@ -120,12 +130,83 @@ def tile_query_kernel(
 
 
 @triton.jit
-def tile_key_kernel(
-    q, k, v, log_alpha, do, da, a, tiles, dtiles, dk, dv, dlog_alpha, bounds, T, NC, H, HQ, G,
-    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CT: tl.constexpr,
+def walk_key_columns(
+    x, y, z, pair, write, gamma, tiles, states, out, reads, across, start, stop, n, c, h, H, HQ, G,
+    WIDTH: tl.constexpr, E: tl.constexpr, SIDE: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    BLOCK: tl.constexpr, EMPTY: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one (tile, key/value head), and the rest of dlog_alpha: reads after the tile."""
+    """One side (K: SIDE 0, or V) of `walk_key_kernel`, over one segment from its end."""
+    i = tl.arange(0, TILE)
+    m = tl.arange(0, BM)
+    d = tl.arange(0, BLOCK)
+    inside = (m < M)[:, None] & (d < WIDTH)[None, :]
+    cell = m[:, None] * E + SIDE + d[None, :]
+    if EMPTY:
+        grad = tl.zeros([BM, BLOCK], tl.float32)
+    else:
+        grad = tl.load(states + (c.to(tl.int64) * H + h) * (M * E) + cell, mask=inside, other=0.0)
+    count = ((stop - start + TILE - 1) // TILE).to(tl.int32)
+    first = (start // TILE + n) * H + h
+    # No product consumes the state as it is, so Triton does not load it ahead: here that is done by hand.
+    ahead = tl.load(tiles + (first + (count - 1) * H) * (M * E) + cell, mask=inside, other=0.0)
+    for step in range(count):
+        j = count - 1 - step
+        tile = first + j * H
+        state = ahead
+        ahead = tl.load(tiles + tl.maximum(tile - H, first) * (M * E) + cell, mask=inside, other=0.0)
+        begin = start + j * TILE
+        token = (begin + i) * H + h
+        valid = (begin + i) < stop
+        _, row, row_valid = row_offsets(begin, stop, h, 0, HQ, G, TILE, BG)
+        yb = load_rows(y, row, row_valid, WIDTH, d, CT)
+        xb = load_rows(x, row, row_valid, M, m, CT)
+        zb = load_rows(z, token, valid, WIDTH, d, CT)
+        we = load_rows(write, token, valid, M, m, CT)
+        ab = load_rows(pair, row, row_valid, TILE, i, CT)
+        decay = tl.load(gamma + tile * M + m, mask=m < M, other=1.0)
+        gb = grad.to(CT)
+        tl.store(across + tile * M + m, tl.sum(grad * state.to(tl.float32), 1), mask=m < M)
+        read = tl.dot(zb, tl.trans(gb), input_precision="ieee")
+        tl.store(reads + token[:, None] * M + m[None, :], read, mask=valid[:, None] & (m < M)[None, :])
+        o = tl.dot(we, gb, input_precision="ieee")
+        o = tl.dot(tl.trans(ab), yb, o, input_precision="ieee")
+        tl.store(out + token[:, None] * WIDTH + d[None, :], o, mask=valid[:, None] & (d < WIDTH)[None, :])
+        grad = tl.dot(tl.trans(xb), yb, grad * decay[:, None], input_precision="ieee")
+
+
+@triton.jit
+def walk_key_kernel(
+    q, k, v, do, p, ds, a, da, write, gamma, tiles, states, dk, dv, reads_k, reads_v, across_k, across_v, bounds, T, NS,
+    S, H, HQ, G,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, EMPTY: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """The reverse walk of one (segment, head): program (., 0) carries the gradient of K and leaves dk, program (., 1)
+    that of V and leaves dv. For dlog_alpha they leave, each for its side, the products `reads` [B, T, H, M] of k or v
+    with the gradient at the tile's end, and `across` [tiles, H, M] of the state at its start with that gradient."""
+    c = tl.program_id(0) // H
+    h = tl.program_id(0) - c * H
+    start, stop, n = chunk_range(bounds, c, T, NS, S, PACKED)
+    if stop <= start:
+        return
+    if tl.program_id(1) == 0:
+        walk_key_columns(
+            ds, q, k, da, write, gamma, tiles, states, dk, reads_k, across_k, start, stop, n, c, h, H, HQ, G, D, D + V,
+            0, M, BG, BM, BLOCK, EMPTY, CT,
+        )  # fmt: skip
+    else:
+        walk_key_columns(
+            p, do, v, a, write, gamma, tiles, states, dv, reads_v, across_v, start, stop, n, c, h, H, HQ, G, V, D + V,
+            D, M, BG, BM, BLOCK, EMPTY, CT,
+        )  # fmt: skip
+
+
+@triton.jit
+def tile_gate_kernel(
+    log_alpha, reads_k, reads_v, across_k, across_v, dlog_alpha, bounds, T, NC, H,
+    M: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """Adds to dlog_alpha of one (tile, head) what is read after the tile."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
@@ -134,43 +215,17 @@ def tile_key_kernel(
         return
     i = tl.arange(0, TILE)
     m = tl.arange(0, BM)
-    token = (start + i) * H + h
-    valid = (start + i) < stop
-    _, row, row_valid = row_offsets(start, stop, h, 0, HQ, G, TILE, BG)
+    cell = ((start + i) * H + h)[:, None] * M + m[None, :]
+    mask = ((start + i) < stop)[:, None] & (m < M)[None, :]
+    tile = ((start // TILE + n) * H + h) * M + m
     x = load_log2_alpha(log_alpha, start, stop, h, H, M, TILE, BM)
-    w = write_weight(x)
-    rest = rest_of_tile(x, CT)
-    we = (w * rest).to(CT)
-    where = ((start // TILE + n) * H + h) * (M * (D + V))
-    pair = row[:, None] * TILE + i[None, :]
-    pair_mask = row_valid[:, None] & (i >= 0)[None, :]
-    reads = tl.zeros([TILE, BM], tl.float32)
-    across = tl.zeros([BM], tl.float32)
-    dab = tl.trans(tl.load(da + pair, mask=pair_mask, other=0.0).to(CT))
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
-        sb = load_part(tiles + where, m, d, D, D + V, M)
-        gb = load_part(dtiles + where, m, d, D, D + V, M)
-        across += tl.sum(gb.to(tl.float32) * sb.to(tl.float32), 1)
-        reads += mm(load_rows(k, token, valid, D, d, CT), tl.trans(gb), CT)
-        out = mm(we, gb, CT) + mm(dab, load_rows(q, row, row_valid, D, d, CT), CT)
-        tl.store(dk + token[:, None] * D + d[None, :], out, mask=valid[:, None] & (d < D)[None, :])
-    ab = tl.trans(tl.load(a + pair, mask=pair_mask, other=0.0).to(CT))
-    for d0 in range(0, V, BV):
-        d = d0 + tl.arange(0, BV)
-        sb = load_part(tiles + where + D, m, d, V, D + V, M)
-        gb = load_part(dtiles + where + D, m, d, V, D + V, M)
-        across += tl.sum(gb.to(tl.float32) * sb.to(tl.float32), 1)
-        reads += mm(load_rows(v, token, valid, V, d, CT), tl.trans(gb), CT)
-        out = mm(we, gb, CT) + mm(ab, load_rows(do, row, row_valid, V, d, CT), CT)
-        tl.store(dv + token[:, None] * V + d[None, :], out, mask=valid[:, None] & (d < V)[None, :])
-    dw = rest * reads
-    flow = mm(tl.where(i[None, :] < i[:, None], 1.0, 0.0), w * dw, CT)
+    reads = tl.load(reads_k + cell, mask=mask, other=0.0) + tl.load(reads_v + cell, mask=mask, other=0.0)
+    across = tl.load(across_k + tile, mask=m < M, other=0.0) + tl.load(across_v + tile, mask=m < M, other=0.0)
+    grad = tl.load(dlog_alpha + cell, mask=mask, other=0.0)
+    dw = rest_of_tile(x, CT) * reads
+    flow = mm(tl.where(i[None, :] < i[:, None], 1.0, 0.0), write_weight(x) * dw, CT)
     flow += (tl.exp2(tl.sum(x, 0)) * across)[None, :]
-    cell = token[:, None] * M + m[None, :]
-    mask = valid[:, None] & (m < M)[None, :]
-    grad = tl.load(dlog_alpha + cell, mask=mask, other=0.0) + flow - tl.exp2(x) * dw
-    tl.store(dlog_alpha + cell, grad, mask=mask)
+    tl.store(dlog_alpha + cell, grad + flow - tl.exp2(x) * dw, mask=mask)
 
 
 def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_seqlens, operand=tl.bfloat16):
@@ -179,7 +234,7 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
     group = HQ // H
     walk = Walk(log_alpha, D, V, cu_seqlens, operand, False)
-    tiles = walk.tile_states(((walk.write, k), (walk.write, v)), initial, None)
+    tiles = walk.tile_states(((walk.write, k), (walk.write, v)), initial)
 
     def empty(width, dtype):
         return torch.empty(B, T, HQ, width, dtype=dtype, device=q.device)
@@ -188,20 +243,27 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     dlog_alpha = torch.empty(log_alpha.shape, dtype=torch.float32, device=q.device)
     p, ds, a, da = (empty(width, walk.store) for width in (M, M, 16, 16))
     place = (walk.tiles.bounds, T, walk.tiles.per_sequence, H, HQ, group)
-    sizes = (D, V, M, triton.next_power_of_2(group), pad(M))
-    columns = [[min(width, pad(x)) for x in (D, V)] for width in (launch.QUERY_COLUMNS, launch.KEY_COLUMNS)]
+    sizes = (D, V, M, power_of_two(group), pad(M))
+    columns = [min(launch.QUERY_COLUMNS, pad(x)) for x in (D, V)]
     options = {"PACKED": cu_seqlens is not None, "CT": operand}
     grid = (walk.tiles.count * H,)
     tile_query_kernel[grid](
         q, k, v, log_alpha, visible, do, tiles, dq, p, ds, da, a, dlog_alpha, *place, scale, scale * LOG2E, *sizes,
-        *columns[0], **options, LIMITED=visible is not None, **launch.for_group(launch.QUERY, group),
+        *columns, **options, LIMITED=visible is not None, **launch.for_group(launch.QUERY, group),
     )  # fmt: skip
     dinitial = None
     if initial is not None:
         dinitial = tuple(torch.empty_like(s, dtype=torch.float32) for s in initial)
-    dtiles = walk.tile_states(((ds, q), (p, do)), dfinal, dinitial, group=group, reverse=True)
-    tile_key_kernel[grid](
-        q, k, v, log_alpha, do, da, a, tiles, dtiles, dk, dv, dlog_alpha, *place, *sizes, *columns[1], **options,
+    states, segments, length = walk.starts(((ds, q), (p, do)), dfinal, dinitial, group=group, reverse=True)
+    reads = [torch.empty_like(dlog_alpha) for _ in range(2)]
+    across = [torch.empty_like(walk.gamma) for _ in range(2)]
+    walk_key_kernel[(segments.count * H, 2)](
+        q, k, v, do, p, ds, a, da, walk.write, walk.gamma, tiles, states, dk, dv, *reads, *across, segments.bounds, T,
+        segments.per_sequence, length, H, HQ, group, *sizes, max(pad(D), pad(V)), **options, EMPTY=states is None,
         **launch.KEY,
+    )  # fmt: skip
+    tile_gate_kernel[grid](
+        log_alpha, *reads, *across, dlog_alpha, walk.tiles.bounds, T, walk.tiles.per_sequence, H, M, pad(M), **options,
+        num_warps=2,
     )  # fmt: skip
     return dq, dk, dv, dlog_alpha, dinitial

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .common import LOG2E, chunk_range, load_rows, readable, row_offsets
+from .common import LOG2E, chunk_range, load_rows, power_of_two, readable, row_offsets
 from .walk import TILE, TINY, Walk, pad, segment_length
 
 
@@ -83,7 +83,7 @@ def walk_forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_s
     walk_forward_kernel[(segments.count * H,)](
         q, k, v, visible, walk.high, walk.low, walk.read, walk.write, walk.gamma, states, o, segments.bounds, T,
         segments.per_sequence, length, H, HQ, HQ // H, scale * LOG2E,
-        D, V, M, triton.next_power_of_2(HQ // H), pad(M), pad(D), pad(V),
+        D, V, M, power_of_two(HQ // H), pad(M), pad(D), pad(V),
         PACKED=segments.bounds is not None, EMPTY=states is None, LIMITED=visible is not None, CT=operand,
         **launch.for_group(launch.FORWARD, HQ // H),
     )  # fmt: skip
