@@ -154,8 +154,13 @@ def load_tasks(names: Sequence[str], manager: Any, offline_root: Path | None) ->
         for name in names:
             try:
                 loaded[name] = manager.load([name])
+            except ConnectionError as error:
+                if offline_root is None:  # every other task would wait through the same retries
+                    text = f"tasks: no data for {name!r}: the Hub cannot be reached ({_reason(error)})"
+                    raise InputError(f"{text}; where there is no network, name a data tree as offline root") from None
+                missing.append(f"{name} ({_reason(error)})")
             except (OSError, ValueError) as error:
-                # datasets raises OSError or ValueError kinds for absent data, absent configurations and no network.
+                # datasets raises OSError or ValueError kinds for absent data and absent configurations.
                 missing.append(f"{name} ({_reason(error)})")
     if missing:
         raise InputError(f"tasks: no data at {offline_root or 'the Hub'} for {', '.join(missing)}")

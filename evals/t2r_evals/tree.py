@@ -28,6 +28,8 @@ def make_tree(
     """
     import datasets
 
+    if offline_root is None:
+        _check_hub()
     destination = Path(destination).resolve()
     manager = task_manager(tasks_root)
     wanted: dict[str, set[str | None]] = {}
@@ -55,6 +57,17 @@ def make_tree(
         (folder / "README.md").write_text(_readme(folder), encoding="utf-8")
         written.append(folder)
     return written
+
+
+def _check_hub() -> None:
+    """One request with a short limit; the Hub's own client would retry for minutes, data set by data set."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # the client's, which changed with its versions
+        raise InputError(f"no data tree can be made here: {constants.ENDPOINT} cannot be reached ({error})") from None
 
 
 def _readme(folder: Path) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--epochs", type=int, default=64, show_default=True)
 @click.option("--minutes", type=float, help="Per model; anneals and ends there if that is before the last epoch.")
 @click.option("--batch-size", type=int, default=256, show_default=True)
+@click.option("--warmup", type=int, default=0, show_default=True, help="Steps in which the learning rate rises.")
 @click.option("--random-filler", is_flag=True, help="Random tokens where nothing is asked; otherwise token 0.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Models trained at a time.")
 @click.option("--compile", is_flag=True, help="Through torch.compile; pays on a GPU.")

@@ -22,6 +22,7 @@ class MqarOptions(Record):
         random_filler: random tokens where nothing is asked; otherwise 0, as in Zoology's figure 2.
         epochs: passes over `train_examples`; training stops early at `enough` accuracy.
         minutes: time for one model; the learning rate is annealed to its end where that comes before the last epoch.
+        warmup: steps over which the learning rate rises from 0.
         compile: train through torch.compile.
     """
 
@@ -35,6 +36,7 @@ class MqarOptions(Record):
     epochs: int = Field(64, ge=1)
     minutes: float | None = Field(None, gt=0)
     batch_size: int = Field(256, ge=1)
+    warmup: int = Field(0, ge=0)
     weight_decay: float = 0.1
     enough: float = 0.999
     compile: bool = False

@@ -40,9 +40,10 @@ def train(
     device: Any = "cpu",
     stop: Callable[[], bool] = lambda: False,
 ) -> MqarResult:
-    """Train `model` (ids [B, T] -> an output with .logits [B, T, V]) with AdamW and a cosine to zero, and test it.
+    """Train a model with AdamW, a linear warm-up and a cosine to zero, and test it.
 
     Args:
+        model: from ids [B, T] to an output with .logits [B, T, V].
         stop: asked after each epoch; True ends the training where it is.
     """
     model.to(device).train()
@@ -61,7 +62,8 @@ def train(
         for index in range(epoch_steps):
             done = max((epoch + index / epoch_steps) / options.epochs, _share_of_time(start, options))
             rows = permutation[index * options.batch_size : (index + 1) * options.batch_size]
-            step(train_set.rows(rows), lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+            rise = min(1.0, (1 + epoch * epoch_steps + index) / max(options.warmup, 1))
+            step(train_set.rows(rows), lr * rise * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
         curve.append(accuracy(model, test_set, options.batch_size, device))
         progress.set_postfix(accuracy=f"{curve[-1]:.3f}")
         now = time.perf_counter()
