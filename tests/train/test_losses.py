@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from t2r.train import losses
 from t2r.train.losses import cross_entropy, head_loss, kl_divergence, top_k_kl_divergence
@@ -109,6 +112,37 @@ def test_the_chunked_head_equals_the_dense_one(
     torch.testing.assert_close(value, dense, rtol=1e-5, atol=1e-6)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ce", "kl", "top-k"])
+def test_no_more_than_a_chunk_of_logits_is_ever_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, rows, vocabulary = 64, 5, 501
+    monkeypatch.setattr(losses, "_CHUNK_NUMBERS", rows * vocabulary)
+    labels, mask = torch.randint(vocabulary, (tokens,)), torch.ones(tokens, dtype=torch.bool)
+    hidden, weight = (
+        torch.randn(tokens, HIDDEN, requires_grad=True),
+        torch.randn(vocabulary, HIDDEN, requires_grad=True),
+    )
+    teacher, head = torch.randn(tokens, HIDDEN), torch.randn(vocabulary, HIDDEN)
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+            return result
+
+    def loss(logits: Tensor, part: slice) -> Tensor:
+        if name == "ce":
+            return cross_entropy(logits, labels[part])
+        target = teacher[part] @ head.T
+        if name == "kl":
+            return kl_divergence(logits, target, mask[part])
+        return top_k_kl_divergence(logits, target, mask[part], k=3)
+
+    with Sizes():
+        head_loss(hidden, weight, loss).backward()
+    assert max(sizes) == max(rows * vocabulary, vocabulary * HIDDEN)
 
 
 def test_the_head_makes_only_the_gradients_that_are_needed() -> None:
