@@ -18,6 +18,11 @@ def tasks_root() -> Path:
     return _root("tasks", checkout=_PACKAGE.parent / "evals" / "tasks")
 
 
+def benchmarks_root() -> Path:
+    """The folder of the kernels' benchmarks."""
+    return _root("benchmarks", checkout=_PACKAGE.parent / "kernels" / "benchmarks")
+
+
 def resolve(text: str) -> str:
     """A path or Hub id as the user wrote it, with ``shipped:NAME`` replaced by the file or folder that ships with t2r.
 

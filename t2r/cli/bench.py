@@ -1,11 +1,13 @@
 """`t2r bench`: times on this machine, beside the peers that are installed."""
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
 
 import click
 
 from t2r.cli import bench_decode, bench_mqar, bench_train
+from t2r.resources import benchmarks_root
 
 
 @click.group(help="Time kernels, decoding and training on this machine.")
@@ -19,33 +21,21 @@ command.add_command(bench_train.command)
 bench = command
 
 
-def _benchmark(name: str):
-    """The module kernels/benchmarks/NAME.py of this checkout; benchmarks are no part of the wheel."""
-    path = Path(__file__).parents[2] / "kernels" / "benchmarks" / f"{name}.py"
-    if not path.is_file():
-        raise click.UsageError(
-            f"no benchmarks beside this installation ({path} is missing); run from a checkout of t2r"
-        )
-    spec = importlib.util.spec_from_file_location(f"t2r_benchmark_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @command.command()
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("runs/bench-kernels"),
     show_default=True,
-    help="Folder for gsa.json and gsa.svg.",
+    help="Folder for OPERATION.json and, of gsa, gsa.svg.",
 )
-def kernels(output: Path) -> None:
-    """gsa against scaled_dot_product_attention, and flash-linear-attention where it is installed; needs a CUDA GPU."""
+@click.option("--operation", type=click.Choice(["gsa", "gla"]), default="gsa", show_default=True)
+def kernels(output: Path, operation: str) -> None:
+    """Check a kernel, then time it; needs a CUDA GPU. gsa stands beside scaled_dot_product_attention and, where it is
+    installed, flash-linear-attention; gla beside its torch path."""
     import torch
 
     if not torch.cuda.is_available():
         raise click.UsageError("t2r bench kernels needs a CUDA GPU; torch sees none")
-    _benchmark("gsa").run(output)
+    sys.path.insert(0, str(benchmarks_root()))  # scripts, one beside the other, in a checkout and in a wheel
+    importlib.import_module(operation).run(output)
