@@ -73,6 +73,7 @@ class StageTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
         self._checked_step = -1
+        self._losses: list[Tensor] = []
         if self.is_fsdp_enabled:
             shard(self.accelerator.state.fsdp_plugin, model, stage, distributed)
 
@@ -122,17 +123,22 @@ class StageTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        self._require_finite("loss", loss)
+        self._losses.append(loss.detach())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._require_finite("gradient norm", norm)
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        loss = torch.stack(self._losses).sum()
+        self._losses.clear()
+        # Both in one wait for the device, and none in the micro-batches before.
+        checked = torch.stack([loss, torch.as_tensor(whole).to(loss)]).tolist()
+        for what, value in zip(("loss", "gradient norm"), checked, strict=True):
+            self._require_finite(what, value)
         self._checked_step = self.state.global_step
         return norm
 
-    def _require_finite(self, what: str, value: Any) -> None:
-        value = float(value.full_tensor() if hasattr(value, "full_tensor") else value)
+    def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             kept = checkpoints.list_checkpoints(Path(str(self.args.output_dir)))
             last = f"last checkpoint: {kept[-1]}" if kept else "no checkpoint was saved yet"
