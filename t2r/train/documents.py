@@ -167,7 +167,7 @@ def _documents(path: Path, options: DataSource) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[str]:
     opener = _COMPRESSED.get(path.suffix)
     # The decompressors' own line iteration is Python code, several times slower than a buffer's.
-    with io.BufferedReader(opener(path), 1 << 20) if opener else open(path, "rb") as file:  # type: ignore[arg-type]
+    with io.BufferedReader(opener(path), 1 << 20) if opener else open(path, "rb") as file:  # type: ignore[type-var]
         for line in file:
             yield line.decode("utf-8")
 
