@@ -9,6 +9,7 @@ a gate of exactly zero forgets exactly, whatever stands beside it. The sums are 
 on the tensor cores: no cumulative sum is ever subtracted from another.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -103,11 +104,16 @@ class Chunks:
     first: torch.Tensor | None
 
 
+@functools.cache
+def _dense_chunks(B: int, T: int, chunk: int) -> Chunks:
+    per = ceil_div(T, chunk)
+    return Chunks(B * per, B, per, None, None)
+
+
 def find_chunks(B: int, T: int, chunk: int, cu_seqlens: torch.Tensor | None) -> Chunks:
     """Cuts every document into chunks without waiting for the device: the count is an upper bound for packed input."""
     if cu_seqlens is None:
-        per = ceil_div(T, chunk)
-        return Chunks(B * per, B, per, None, None)
+        return _dense_chunks(B, T, chunk)
     N = cu_seqlens.numel() - 1
     cu = cu_seqlens.long()
     last = ((cu[1:] - cu[:-1] + (chunk - 1)) // chunk).cumsum(0)

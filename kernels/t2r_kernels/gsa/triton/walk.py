@@ -37,11 +37,13 @@ STEP = tl.constexpr(-13.0)  # -2 SHIFT / TILE
 TINY = tl.constexpr(2.0**-104)
 
 
+@functools.cache
 def pad(size: int) -> int:
     """Block width for `size` columns: a power of two, at least the 16 of a matrix instruction."""
     return max(16, power_of_two(size))
 
 
+@functools.cache
 def fits(HQ: int, H: int, D: int, V: int, M: int, dtype: torch.dtype) -> bool:
     """Whether the fast path takes these sizes: both states of a head fit into the registers of one program, and the
     tiles of 64 rows (128 for groups beyond four heads) by M slots beside them."""
@@ -55,6 +57,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.cache
 def segment_length(tokens: int, programs: int, device: torch.device, each: int) -> int:
     """Tokens of a segment, where every segment takes `programs` programs and `each` of them fit a multiprocessor.
 
