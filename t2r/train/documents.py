@@ -14,7 +14,7 @@ import lzma
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
@@ -167,7 +167,7 @@ def _documents(path: Path, options: DataSource) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[str]:
     opener = _COMPRESSED.get(path.suffix)
     # The decompressors' own line iteration is Python code, several times slower than a buffer's.
-    with io.BufferedReader(opener(path), 1 << 20) if opener else open(path, "rb") as file:  # type: ignore[type-var]
+    with io.BufferedReader(cast(io.RawIOBase, opener(path)), 1 << 20) if opener else open(path, "rb") as file:
         for line in file:
             yield line.decode("utf-8")
 
