@@ -7,6 +7,10 @@ row and seed is one run in OUTPUT/ROW/seed-N with its log, its recipe and its re
 over the seeds. What is finished and verified is kept, so the same command goes on after an interruption.
 
 Runs are spread over --gpus, --parallel at a time; each worker imports torch and compiles kernels once.
+
+    python evals/recovery.py --render RESULTS.jsonl ... --output DIR
+
+runs nothing: table and figure of stored results.
 """
 
 import argparse
@@ -46,14 +50,15 @@ class Job:
 
 
 def read_table(path: Path) -> dict[str, Record]:
-    """Rows by name: {"recipe": name or file, "overrides": [key=value, ...], "about": one line}.
+    """Rows by name: {"recipe": name or file, "overrides": [key=value, ...], "about": one line, "curve": the line that
+    the row is a point of in the figure of loss against state}.
 
     Raises:
         SystemExit: a row with other keys, or a name twice.
     """
     rows: dict[str, Record] = {}
     for row in yaml.safe_load(path.read_text()):
-        unknown = set(row) - {"name", "about", "recipe", "overrides"}
+        unknown = set(row) - {"name", "about", "curve", "recipe", "overrides"}
         if unknown or row["name"] in rows:
             sys.exit(f"{path}: row {row['name']}: {'unknown key ' + min(unknown) if unknown else 'is there twice'}")
         rows[row["name"]] = {"recipe": "recovery", "overrides": [], "about": "", **row}
@@ -196,6 +201,48 @@ def table(records: list[Record], rows: dict[str, Record]) -> str:
     return "\n".join(lines)
 
 
+def figure(records: list[Record], rows: dict[str, Record]) -> str | None:
+    """Excess against state bytes as SVG, a line for each `curve` of the table; None without two points on one."""
+    from t2r_evals.report.svg import Series, line_chart, standalone
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, row in rows.items():
+        runs = [record for record in records if record["row"] == name and "error" not in record]
+        if runs and row.get("curve"):
+            state = runs[0]["state_bytes"] / 1024
+            for key, what in (("excess", ""), ("excess_far", ", far repeats")):
+                value = statistics.median(record[key] for record in runs)
+                points.setdefault(f"{row['curve']}{what}", []).append((state, value))
+    series = [
+        Series(label, [state for state, _ in sorted(found)], [loss for _, loss in sorted(found)], color=1 + index)
+        for index, (label, found) in enumerate(points.items())
+        if len(found) > 1
+    ]
+    if not series:
+        return None
+    return standalone(
+        line_chart(
+            series,
+            title="Loss above the teacher by state",
+            x_label="state per sequence, KiB (log scale)",
+            y_label="nats above the teacher",
+            x_log=True,
+            x_format=lambda value: f"{value:.0f}",
+            y_format=lambda value: f"{value:.2f}",
+            from_zero=True,
+        )
+    )
+
+
+def write_outputs(records: list[Record], rows: dict[str, Record], output: Path) -> str:
+    """table.md and, where the rows make one, state.svg; returns the table."""
+    text = table(records, rows)
+    (output / "table.md").write_text(text + "\n")
+    if (svg := figure(records, rows)) is not None:
+        (output / "state.svg").write_text(svg)
+    return text
+
+
 def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -213,6 +260,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=names, default=["0", "1", "2"], help="default: 0,1,2")
     parser.add_argument("--gpus", type=names, default=None, help="CUDA devices, with commas; default: as they are")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on each GPU; default: %(default)s")
+    parser.add_argument("--render", type=Path, nargs="+", metavar="RESULTS", help="run nothing; render stored results")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every row")
     options = parser.parse_args()
     rows = read_table(options.table)
@@ -228,6 +276,10 @@ def main() -> None:
     common = [f"{key}={value}" for key, value in places.items() if value] + options.set
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    if options.render:
+        lines = [line for path in options.render for line in path.read_text().splitlines()]
+        print(write_outputs([json.loads(line) for line in lines], rows, output))
+        return
     jobs = [
         Job(name, int(seed), row["recipe"], (*row["overrides"], *common), output / name / f"seed-{seed}")
         for seed in options.seeds  # one seed of every row before the second of any
@@ -236,8 +288,7 @@ def main() -> None:
     results = options.results or output / "results.jsonl"
     began = time.perf_counter()
     records = run_all(jobs, gpus=options.gpus, parallel=options.parallel, results=results)
-    text = table(records, rows)
-    (output / "table.md").write_text(text + "\n")
+    text = write_outputs(records, rows, output)
     print(f"\n{text}\n\n{len(records)} runs in {time.perf_counter() - began:.0f} s; {results}")
     if len(records) < len(jobs) or any("error" in record for record in records):
         sys.exit(1)

@@ -58,6 +58,23 @@ def test_medians_leave_failed_runs_out():
     assert recovery.one_line(failed).endswith("FAILED: InputError: no")
 
 
+def test_render_draws_the_curves_of_the_table(tmp_path, monkeypatch):
+    results = tmp_path / "results.jsonl"
+    record = {"seed": 0, "state_bytes": 1024}
+    lines = [
+        record | {"row": "gsa", "excess": 0.2, "excess_far": 0.5},
+        record | {"row": "gsa-128", "excess": 0.125, "excess_far": 0.375, "state_bytes": 4096},
+        record | {"row": "window", "excess": 0.3, "excess_far": 0.9},
+    ]
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["recovery.py", "--render", str(results), "--output", str(tmp_path)])
+    recovery.main()
+    assert (tmp_path / "table.md").read_text().count("\n") == 5
+    svg = (tmp_path / "state.svg").read_text()
+    assert "placed, far repeats: 0.38 at 4" in svg
+    assert "window" not in svg
+
+
 @pytest.mark.slow
 def test_a_row_runs_and_a_broken_one_does_not_stop_it(tmp_path):
     stage = (
