@@ -26,8 +26,6 @@ from t2r_evals.offline import offline_data, tree_key
 from t2r_evals.schema import TaskMetric, TaskResult
 from t2r_evals.suites import TaskSpec, resolve_tasks
 
-logger = logging.getLogger(__name__)
-
 # Task definitions of our own: beside this package in a checkout, with t2r in an installation.
 OWN_TASKS = next(
     (
@@ -95,9 +93,9 @@ def run_tasks(
         if spec not in pending:
             assert kept is not None
             stored = json.loads(kept.read_text(encoding="utf-8"))
-            logger.info("%s: already evaluated with these settings, read from %s", spec.task, kept)
+            _say(f"{spec.task} (task {number} of {len(tasks)}): evaluated before, kept")
         else:
-            print(f"{spec.task} (task {number} of {len(tasks)})", file=sys.stderr, flush=True)
+            _say(f"{spec.task} (task {number} of {len(tasks)})")
             stored = _run_one(harness, spec, loaded.pop(spec.task), limit=limit, seed=seed)
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +105,10 @@ def run_tasks(
         results |= {name: TaskResult.model_validate(value) for name, value in stored["results"].items()}
         rows += stored["rows"]
     return results, rows
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def check_tasks(suites: Sequence[str], tasks: Sequence[str], tasks_root: Path | None) -> None:

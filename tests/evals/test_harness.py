@@ -1,6 +1,5 @@
 """lm-eval tasks from a local data tree, with a model of two layers."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +51,16 @@ def test_generation_offline_with_truncation_counted(model: Any, tokenizer: Any, 
 
 
 def test_finished_tasks_are_not_run_again(
-    model: Any, tokenizer: Any, hub: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: Any, tokenizer: Any, hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = TaskSpec("winogrande", "acc", 0)
     first, rows = run(model, tokenizer, hub, spec, limit=2, folder=tmp_path)
-    with caplog.at_level(logging.INFO):
-        again, again_rows = run(model, tokenizer, hub, spec, limit=2, folder=tmp_path)
-    assert "already evaluated" in caplog.text
+    assert "winogrande (task 1 of 1)\n" in capsys.readouterr().err
+    again, again_rows = run(model, tokenizer, hub, spec, limit=2, folder=tmp_path)
     assert (again, again_rows) == (first, rows)
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        run(model, tokenizer, hub, spec, limit=3, folder=tmp_path)
-    assert "already evaluated" not in caplog.text
+    assert capsys.readouterr().err == "winogrande (task 1 of 1): evaluated before, kept\n"
+    run(model, tokenizer, hub, spec, limit=3, folder=tmp_path)
+    assert "kept" not in capsys.readouterr().err
 
 
 def test_group_is_one_result_and_its_documents_keep_apart(

@@ -15,6 +15,7 @@ from t2r_evals.compare import compare_all
 from t2r_evals.merge import merge_reports
 from t2r_evals.report import formats
 from t2r_evals.report.plots import figures
+from tests.evals.conftest import task_result
 
 
 @pytest.fixture
@@ -35,7 +36,25 @@ def test_every_number_of_the_verdict_is_there(folder: Path) -> None:
     assert "0.170 above the teacher's 2.722" in text
     assert "0.130 better than no training (+0.300), 0.040 better than window only (+0.210)" in text
     assert "Training closed 43% of the gap" in text
-    assert "| arc\\_easy | student | teacher | 200 | -5.0 | -10.4 to +0.4 | 10 | 20 | 170 | 0.0987 | 90.0 |" in text
+    assert (
+        "| arc\\_easy | student | teacher | 200 | -5.0 | -10.4 to +0.4 | 10 | 20 | 170 | 90.0 | 0.0987 | 90.0 |" in text
+    )
+
+
+def test_tasks_have_a_sentence_and_an_average(report: schema.Report) -> None:
+    one = "On arc_easy the student scores 70.0%, the teacher 75.0%: 90.0% of what the teacher has above chance; no"
+    assert one in render_html(report.model_copy(update={"comparisons": compare_all(report.results)}))
+    results = []
+    for result, right in zip(report.results, (90, 20, 10, 10), strict=True):
+        task, rows = task_result("piqa", [1] * right + [0] * (100 - right))
+        lost = task.model_copy(update={"chance": 0.0})
+        tasks = {**result.tasks, "piqa": lost}
+        results.append(result.model_copy(update={"tasks": tasks, "samples": result.samples + rows}))
+    told = render_markdown(report.model_copy(update={"results": results, "comparisons": compare_all(results)}))
+    # (0.75 + 0.9) / 2 and (0.7 + 0.2) / 2, above (0.25 + 0) / 2
+    assert "Over 2 tasks the student scores 45.0%, the teacher 82.5%: 46.4% of what" in told
+    assert "; clearly worse on piqa." in told
+    assert "| average of 2 | – | – | – | 12.5 | 82.5 | 45.0 | 27.5 | 30.0 | 46.4 |" in told
 
 
 def test_a_student_that_loses_to_a_control_is_told_so(report: schema.Report) -> None:

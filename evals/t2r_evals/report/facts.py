@@ -27,6 +27,29 @@ def comparison_of(
     return None
 
 
+def averaged_tasks(report: Report) -> list[str]:
+    """Tasks that every model with tasks has, with a primary metric that is a share: what an average is taken over."""
+    models = [r for r in report.results if r.tasks]
+    shared = [name for name in (models[0].tasks if models else []) if all(name in r.tasks for r in models)]
+    metrics = {name: [r.tasks[name].metrics[r.tasks[name].primary] for r in models] for name in shared}
+    return [name for name in shared if all(m.higher_is_better and m.value <= 1 for m in metrics[name])]
+
+
+def task_average(result: ModelResult, tasks: list[str]) -> float:
+    """Mean of the primary metrics."""
+    return sum(result.tasks[name].metrics[result.tasks[name].primary].value for name in tasks) / len(tasks)
+
+
+def average_recovered(report: Report, model: ModelResult, tasks: list[str]) -> float | None:
+    """Of the teacher's average above chance, the model's share; None where a task's own share would be noise."""
+    teacher = teacher_of(report)
+    pairs = [comparison_of(report, model, name) for name in tasks]
+    if teacher is None or not pairs or any(pair is None or pair.recovered is None for pair in pairs):
+        return None
+    chance = sum(result.chance for name, result in teacher.tasks.items() if name in tasks) / len(tasks)
+    return (task_average(model, tasks) - chance) / (task_average(teacher, tasks) - chance)
+
+
 def excess(model: ModelResult, teacher: ModelResult | None) -> float | None:
     """Loss above the teacher's in nats per token; None unless both read the same tokens."""
     if teacher is None or model.language is None or teacher.language is None or model is teacher:

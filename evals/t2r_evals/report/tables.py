@@ -136,6 +136,9 @@ def task_table(report: Report) -> Table | None:
             value = pair.recovered if pair else None
             row.append(Cell(f.percent(value), value))
         rows.append(row)
+    averaged = facts.averaged_tasks(report)
+    if len(averaged) > 1:
+        rows.append(_average_row(report, models, students, averaged))
     numeric = [False, False] + [True] * (len(columns) - 2)
     cut = sum(t.truncated for r in models for t in r.tasks.values())
     contexts = sorted({t.max_length for r in models for t in r.tasks.values()})
@@ -145,6 +148,15 @@ def task_table(report: Report) -> Table | None:
         f"{cut:,} prompts were cut on the left to fit."
     )
     return Table(columns, rows, note, numeric)
+
+
+def _average_row(
+    report: Report, models: Sequence[ModelResult], students: Sequence[ModelResult], tasks: list[str]
+) -> list[Cell]:
+    chance = sum(models[0].tasks[name].chance for name in tasks) / len(tasks)
+    row = [Cell(f"average of {len(tasks)}"), Cell(f.BLANK), Cell(f.BLANK), Cell(f.BLANK), Cell(f.percent(chance))]
+    row += [Cell(f.percent(facts.task_average(r, tasks))) for r in models]
+    return row + [Cell(f.percent(facts.average_recovered(report, r, tasks))) for r in students]
 
 
 def _score(result: ModelResult, task: str) -> Cell:
@@ -178,17 +190,19 @@ def comparison_table(report: Report) -> Table | None:
                 Cell(f"{c.wins:,}", c.wins),
                 Cell(f"{c.losses:,}", c.losses),
                 Cell(f"{c.ties:,}", c.ties),
+                Cell(f.percent((c.wins + c.ties) / c.items), (c.wins + c.ties) / c.items),
                 Cell(f.p_value(c.mcnemar_p), c.mcnemar_p),
                 Cell(f.percent(c.recovered if c.baseline in teachers else None), c.recovered),
             ]
         )
     columns = ["measurement", "model", "against", "items", "difference", "95% interval", "better", "worse", "same"]
-    columns += ["McNemar p", "recovered, %"]
+    columns += ["as good, %", "McNemar p", "recovered, %"]
     note = (
         "Model minus the one it is compared with, on the same items: windows of text (nats) or documents (points of "
-        "accuracy); Student t interval of the paired difference, exact two-sided McNemar p for right/wrong answers."
+        "accuracy); Student t interval of the paired difference; as good: wins and ties; exact two-sided McNemar p for "
+        "right/wrong answers."
     )
-    return Table(columns, rows, note, [False] * 3 + [True] * 8)
+    return Table(columns, rows, note, [False] * 3 + [True] * 9)
 
 
 def speed_table(report: Report) -> Table | None:

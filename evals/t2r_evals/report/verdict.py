@@ -29,6 +29,8 @@ def verdict(report: Report) -> list[str]:
             f"{_away(distance)} the teacher's {teacher.language.loss:.3f}{interval}."
         )
         said += _control_sentences(report, student, teacher, distance)
+    for student in students:
+        said += _task_sentences(report, student, teacher)
     for student in students[:1]:
         cross = facts.crossover(student, teacher)
         if cross is not None and student.state_bytes is not None:
@@ -40,6 +42,34 @@ def verdict(report: Report) -> list[str]:
         if teacher is not None:
             said += _speed_sentences(student, teacher)
     return said
+
+
+def _task_sentences(report: Report, student: ModelResult, teacher: ModelResult | None) -> list[str]:
+    """The average over the tasks beside the teacher's, and where the difference is more than noise."""
+    tasks = facts.averaged_tasks(report)
+    if teacher is None or not tasks or not student.tasks:
+        return []
+    mine, other = (facts.task_average(result, tasks) for result in (student, teacher))
+    share = facts.average_recovered(report, student, tasks)
+    kept = "" if share is None else f": {f.percent(share)}% of what the teacher has above chance"
+    over = f"Over {len(tasks)} tasks" if len(tasks) > 1 else f"On {tasks[0]}"
+    pairs = {name: facts.comparison_of(report, student, name) for name in tasks}
+    clear = [
+        f"clearly {word} on {', '.join(names)}"
+        for word, names in (
+            ("worse", [name for name, pair in pairs.items() if pair and pair.high < 0]),
+            ("better", [name for name, pair in pairs.items() if pair and pair.low > 0]),
+        )
+        if names
+    ]
+    where = "; ".join(clear) or "no difference is clear of the noise"
+    subject = _subject(student, inside=True)
+    found = [f"{over} {subject} scores {f.percent(mine)}%, the teacher {f.percent(other)}%{kept}; {where}."]
+    start = next((r for r in report.by_role("control") if r.name == UNTRAINED and r.tasks), None)
+    won = None if start is None else 100 * (mine - facts.task_average(start, tasks))
+    if won is not None and won > 0 and report.stages:
+        found.append(f"Training won {won:.1f} points of accuracy{_price(report, won, 'point')}.")
+    return found
 
 
 def idle_components(result: ModelResult) -> list[str]:
@@ -105,11 +135,13 @@ def _control_sentences(report: Report, student: ModelResult, teacher: ModelResul
 def _closed_gap(report: Report, start: float, end: float) -> str:
     """What training achieved of what it could, and its price; `start` > `end` above the teacher, in nats."""
     closed = 100 * (start - end) / start
-    price = ""
-    if report.stages:
-        tokens, seconds = facts.trained_tokens(report) / closed, facts.training_seconds(report) / closed
-        price = f", at {f.count(tokens)} tokens and {f.duration(seconds)} per percent"
+    price = _price(report, closed, "percent") if report.stages else ""
     return f"Training closed {closed:.0f}% of the gap that conversion had opened{price}."
+
+
+def _price(report: Report, gain: float, unit: str) -> str:
+    tokens, seconds = facts.trained_tokens(report) / gain, facts.training_seconds(report) / gain
+    return f", at {f.count(tokens)} tokens and {f.duration(seconds)} per {unit}"
 
 
 def _subject(result: ModelResult, inside: bool = False) -> str:
