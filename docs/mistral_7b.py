@@ -1,0 +1,200 @@
+"""Write the tables of docs/mistral-7b.md from what `t2r bench train --output` and `t2r bench decode --output` measured.
+
+python docs/mistral_7b.py [--price 3.5]      # reads docs/mistral-7b/*.json and the shipped recipes
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from t2r.recipe import load_recipe
+
+PAGE = Path(__file__).parent / "mistral-7b.md"
+FOLDER = Path(__file__).parent / "mistral-7b"
+RECIPES = ("gsa-mistral-7b-lora", "gsa-mistral-7b", "gsa-mistral-7b-paper")
+GPUS = (1, 8, 64)
+Row = dict[str, Any]
+
+
+def measured() -> Iterator[Row]:
+    """Every row of every file, with the run's own facts."""
+    for path in sorted(FOLDER.glob("*.json")):
+        record = json.loads(path.read_text())
+        for row in record.get("rows", []):
+            facts = {key: record[key] for key in ("processes", "machine", "versions", "matrix_flops_per_second")}
+            yield {**row, **facts, "gather": record["options"].get("gather"), "layers": record["options"]["layers"]}
+
+
+def pick(rows: list[Row], **wanted: Any) -> Row | None:
+    """The fastest row with these values that did fit."""
+    found = [row for row in rows if all(row[key] == value for key, value in wanted.items()) and "mfu" in row]
+    return max(found, key=lambda row: row["tokens_per_second"], default=None)
+
+
+def one_gpu(rows: list[Row]) -> list[str]:
+    lines = ["| stage | trained | row | micro-batch | checkpointing | tokens/s | MFU | peak memory |"]
+    lines += ["|---|---|---:|---:|---|---:|---:|---:|"]
+    order = {"finetune": 0, "distill": 1, "align": 2}
+    chosen = [row for row in rows if row["processes"] == 1 and row["layers"] is None and row["fused"]]
+    best = {
+        (row["stage"], row["train"], row["length"], row["micro_batch_size"], row["gradient_checkpointing"]): row
+        for row in chosen
+    }
+    for row in sorted(best.values(), key=lambda row: (order[row["stage"]], row["train"], row["length"])):
+        start = (
+            f"| {row['stage']} | {row['train']} | {row['length']:,} | {row['micro_batch_size']} rows "
+            f"| {'yes' if row['gradient_checkpointing'] else 'no'} |"
+        )
+        if "mfu" not in row:
+            lines.append(f"{start} does not fit | | |")
+            continue
+        lines.append(
+            f"{start} {row['tokens_per_second']:,.0f} | {100 * row['mfu']:.1f}% | {row['peak_bytes'] / 2**30:.1f} GiB |"
+        )
+    return lines
+
+
+def two_gpus(rows: list[Row]) -> list[str]:
+    lines = [
+        "| GPUs | weights gathered in | micro-batch per GPU | checkpointing | tokens/s | to one GPU | MFU "
+        "| peak memory per GPU |",
+        "|---:|---|---:|---|---:|---:|---:|---:|",
+    ]
+    wanted = {"stage": "finetune", "train": "full", "length": 2048, "layers": None, "fused": True}
+    alone = pick(rows, processes=1, **wanted)
+    for row in [r for r in rows if r["processes"] > 1 and all(r[k] == v for k, v in wanted.items()) and "mfu" in r]:
+        lines.append(
+            f"| {row['processes']} | {row['gather']} | {row['micro_batch_size']} x {row['length']:,} "
+            f"| {'yes' if row['gradient_checkpointing'] else 'no'} | {row['tokens_per_second']:,.0f} "
+            f"| {row['tokens_per_second'] / alone['tokens_per_second']:.2f} | {100 * row['mfu']:.1f}% "
+            f"| {row['peak_bytes'] / 2**30:.1f} GiB |"
+            if alone
+            else "| |"
+        )
+    return lines
+
+
+def fused(rows: list[Row]) -> list[str]:
+    lines = ["| 4 layers, 2,048 tokens | unfused | liger-kernel | |", "|---|---:|---:|---:|"]
+    for stage in ("finetune", "distill", "align"):
+        pair = [pick(rows, stage=stage, train="full", length=2048, layers=4, fused=on) for on in (False, True)]
+        if pair[0] and pair[1]:
+            slow, fast = (row["tokens_per_second"] for row in pair)
+            lines.append(f"| {stage}, tokens/s | {slow:,.0f} | {fast:,.0f} | {fast / slow:.2f} x |")
+    return lines
+
+
+def costs(rows: list[Row], price: float) -> list[str]:
+    """Hours and cost of each recipe; a stage's rate is that of its own row length."""
+    scaling = efficiency(rows)
+    if math.isnan(scaling):
+        return ["Not measured yet: two GPUs."]
+    header = " | ".join(f"{gpus} GPU{'s' if gpus > 1 else ''}" for gpus in GPUS)
+    lines = [f"| recipe, stage | tokens | tokens/s of one GPU | {header} |", "|---|---:|---:|" + "---:|" * len(GPUS)]
+    for name in RECIPES:
+        recipe = load_recipe(name)
+        total = dict.fromkeys(GPUS, 0.0)
+        for stage in recipe.stages:
+            train = "lora" if stage.adapter else "full"
+            row = pick(
+                rows, stage=stage.kind, train=train, length=stage.sequence_length, processes=1, layers=None, fused=True
+            )
+            if row is None:
+                lines.append(f"| {name}, {stage.kind} | {stage.tokens / 1e6:,.0f}M | not measured | | | |")
+                total = dict.fromkeys(GPUS, float("nan"))
+                continue
+            cells = []
+            for gpus in GPUS:
+                rate = row["tokens_per_second"] * gpus * (scaling if gpus > 1 else 1)
+                hours = stage.tokens / rate / 3600
+                total[gpus] += hours
+                few = stage.batch_tokens < gpus * row["micro_batch_size"] * row["length"]
+                cells.append(f"{hours:,.1f} h{' *' if few else ''}")
+            lines.append(
+                f"| {name}, {stage.kind} | {stage.tokens / 1e6:,.0f}M | {row['tokens_per_second']:,.0f} | "
+                f"{' | '.join(cells)} |"
+            )
+        cells = [f"**{total[gpus]:,.1f} h, ${total[gpus] * gpus * price:,.0f}**" for gpus in GPUS]
+        lines.append(f"| **{name}** | {sum(s.tokens for s in recipe.stages) / 1e6:,.0f}M | | {' | '.join(cells)} |")
+    return lines
+
+
+def efficiency(rows: list[Row]) -> float:
+    """Tokens/s of two GPUs over twice those of one, same batch for each."""
+    wanted = {
+        "stage": "finetune",
+        "train": "full",
+        "length": 2048,
+        "layers": None,
+        "fused": True,
+        "micro_batch_size": 8,
+    }
+    one, two = (pick(rows, processes=n, gradient_checkpointing=True, **wanted) for n in (1, 2))
+    return two["tokens_per_second"] / one["tokens_per_second"] / 2 if one and two else float("nan")
+
+
+def decoding() -> list[str]:
+    lines = ["| context | batch | teacher, tokens/s | student, tokens/s | | teacher's cache | student's state |"]
+    lines += ["|---:|---:|---:|---:|---:|---:|---:|"]
+    path = FOLDER / "decode.json"
+    models = json.loads(path.read_text())["models"] if path.is_file() else {"teacher": [], "student": []}
+    points = {name: {(p["context"], p["batch"]): p for p in rows} for name, rows in models.items()}
+    for key, student in points["student"].items():
+        teacher = points["teacher"].get(key)
+        if teacher:
+            rates = [p["decode_tokens_per_second"] for p in (teacher, student)]
+            sizes = [f"{p['state_bytes'] / 2**20:,.0f} MiB" for p in (teacher, student)]
+            lines.append(
+                f"| {key[0]:,} | {key[1]} | {rates[0]:,.0f} | {rates[1]:,.0f} | {rates[1] / rates[0]:.2f} x "
+                f"| {sizes[0]} | {sizes[1]} |"
+            )
+        else:
+            lines.append(
+                f"| {key[0]:,} | {key[1]} | does not fit | {student['decode_tokens_per_second']:,.0f} | | | "
+                f"{student['state_bytes'] / 2**20:,.0f} MiB |"
+            )
+    return lines
+
+
+def machine(rows: list[Row]) -> list[str]:
+    names = ("torch", "triton", "transformers", "accelerate", "peft")
+    row = rows[0]
+    versions = ", ".join(f"{name} {row['versions'][name]}" for name in names if name in row["versions"])
+    rates = [r["matrix_flops_per_second"] / 1e12 for r in rows]
+    return [
+        f"{row['machine']['GPU'].split(' x ')[-1]}; {versions}; liger-kernel 0.8.5. bf16 matrix product in the same "
+        f"runs: {min(rates):.0f} to {max(rates):.0f} TFLOP/s."
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--price", type=float, default=3.5, help="dollars for an hour of one GPU (an assumption)")
+    price = parser.parse_args().price
+    rows = list(measured())
+    tables = {
+        "machine": machine(rows),
+        "one": one_gpu(rows),
+        "two": two_gpus(rows),
+        "fused": fused(rows),
+        "costs": costs(rows, price),
+        "price": [
+            f"A GPU-hour is taken as ${price:.2f}. Two GPUs reached {efficiency(rows):.3f} of twice one GPU's rate."
+        ],
+        "decode": decoding(),
+    }
+    page = PAGE.read_text()
+    for name, lines in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        assert re.search(pattern, page, flags=re.DOTALL), name
+        body = "\n".join(lines)
+        page = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page, flags=re.DOTALL)
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
