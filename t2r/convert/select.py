@@ -1,6 +1,7 @@
 """Which layers keep softmax attention, and how many slots each of the others gets: decided by measuring what each
 choice costs, KL(teacher || student) on text before any training."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -88,31 +89,34 @@ def place_slots(probe: Probe, options: MixerOptions, *, slots: int, tell: Told =
     def score(placed: Placed) -> Score:
         return probe.score([with_slots(options, placed[i]) if i in placed else None for i in range(probe.layers)])
 
-    def halving_costs(placed: Placed) -> list[tuple[float, int]]:
-        """(KL per slot saved, layer) of every layer that can be halved, the cheapest first."""
-        now = score(placed).kl
-        return sorted(
-            ((score(placed | {i: placed[i] // 2}).kl - now) / (placed[i] - placed[i] // 2), i)
-            for i in layers
-            if placed[i] // 2 >= _SMALLEST
-        )
+    def halving_cost(placed: Placed, i: int) -> float:
+        """KL per slot saved; infinite where there is nothing to halve."""
+        if placed[i] // 2 < _SMALLEST:
+            return math.inf
+        return (score(placed | {i: placed[i] // 2}).kl - score(placed).kl) / (placed[i] - placed[i] // 2)
 
-    def doubled(placed: Placed, layer: int, costs: list[tuple[float, int]]) -> Placed | None:
+    def doubled(placed: Placed, layer: int, costs: dict[int, float]) -> Placed | None:
         """`layer` doubled and the cheapest others halved until the budget holds; None where they do not suffice."""
         changed = placed | {layer: placed[layer] * 2}
-        for _, other in costs:
+        for other in sorted((i for i in costs if costs[i] < math.inf), key=costs.__getitem__):
             if other != layer and sum(changed.values()) > budget:
                 changed[other] //= 2
         return changed if changed[layer] <= most and sum(changed.values()) <= budget else None
 
     placed = dict.fromkeys(layers, most)
+    costs = {i: halving_cost(placed, i) for i in layers}
     while sum(placed.values()) > budget:
-        _, cheapest = halving_costs(placed)[0]
+        # Halving one layer hardly ever makes another's cheaper: a cost is measured anew only when it is the lowest.
+        known: set[int] = set()
+        while (cheapest := min(costs, key=costs.__getitem__)) not in known:
+            costs[cheapest] = halving_cost(placed, cheapest)
+            known.add(cheapest)
         placed = placed | {cheapest: placed[cheapest] // 2}
+        costs[cheapest] = halving_cost(placed, cheapest)
         tell(_told(placed, score(placed)))
     placed = min(placed, dict.fromkeys(layers, slots), key=lambda choice: score(choice).kl)
     while True:
-        costs = halving_costs(placed)
+        costs = {i: halving_cost(placed, i) for i in layers}
         moves = [move for i in layers if (move := doubled(placed, i, costs)) is not None]
         best = min(moves, key=lambda move: score(move).kl, default=placed)
         if score(best).kl >= score(placed).kl * (1 - _WORTH):
