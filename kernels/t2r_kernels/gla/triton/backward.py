@@ -3,8 +3,8 @@
 States at chunk starts and their gradients at chunk ends come first (`states.py`); then two kernels walk every chunk in
 reverse, tile by tile, with the gradient of the state in registers.
 
-`gated_gradient_kernel`: dr, dy and the gradients of gate and write weights, for a slice of the gated side. It needs the
-state at each tile's start too and rebuilds it from the chunk's.
+`gated_gradient_kernel`: dr, dy and the gradients of gate and write weights, for a slice of the gated side; what pairs
+inside a tile give comes from `tiles.py`. It needs the state at each tile's start too and rebuilds it from the chunk's.
 
 The gradient of log alpha[t] is alpha_t times the flow that crosses token t: over all pairs (write before t, read at or
 after t). It is summed class by class (state to state, state to tile, tile to state, and each level of the tile's tree),
@@ -23,11 +23,7 @@ from ...gsa.triton.common import (
     chunk_range,
     dot,
     load_rows,
-    pairs_at,
-    prefix_decay,
     row_offsets,
-    split,
-    suffix_decay,
 )
 from . import launch
 from .common import (
@@ -41,63 +37,23 @@ from .common import (
     load_state,
     load_weight,
     pad,
-    pair_decay,
     tile_decays,
     to_rows,
 )
 from .pairs import load_pairs
-
-
-@triton.jit
-def tile_gradient(
-    rb, yb, b, x, t, d, dy, flow,
-    LOG_SUB: tl.constexpr, BG: tl.constexpr, KIND: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
-    PREC: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Pairs of one tile, given b[row, i] = p_t . x_i and rb in fp32: dr [rows, BR]; and added to what came in, d(w y)
-    [SUB, BR] and what crosses each token [SUB, BR] (for a scalar gate summed over d and kept in the column d = 0)."""
-    i = tl.arange(0, x.shape[0])
-    if KIND == ROWS:
-        high, low = split(x, SPLIT)
-        same = tl.where(t[:, None] == i[None, :], b, 0.0).to(CT)
-        dr = dot(same, yb, CT, PREC)
-        dy = add_dot(dy, tl.trans(same), rb, CT, PREC)
-        for level in range(LOG_SUB):
-            right = to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
-            after = suffix_decay(i, high, low, level, SPLIT, EXACT)
-            pairs = tl.where(pairs_at(t, i, level), b, 0.0).to(CT)
-            reader = rb * right
-            got = dot(pairs, yb * after, CT, PREC)
-            dr += got * right
-            gave = dot(tl.trans(pairs), reader, CT, PREC) * after
-            dy += gave
-            # A read crosses its (right) block up to itself, a write the rest of its (left) block.
-            block = (t >> level)[None, :] == (i >> level)[:, None]
-            flow = add_dot(flow, tl.where(block & (t[None, :] >= i[:, None]), 1.0, 0.0), reader * got, CT, PREC)
-            beside = ((i >> level)[:, None] == (i >> level)[None, :]) & (i[None, :] < i[:, None])
-            flow = add_dot(flow, tl.where(beside, 1.0, 0.0), yb * gave, CT, PREC)
-    else:
-        pairs = b * pair_decay(x, BG, KIND, SPLIT, EXACT)
-        dr = dot(pairs, yb, CT, PREC)
-        dy = add_dot(dy, tl.trans(pairs.to(CT)), rb, CT, PREC)
-        if KIND == SCALAR:
-            terms = pairs * dot(rb, tl.trans(yb), CT, PREC)
-            later = dot(tl.where(t[None, :] >= i[:, None], 1.0, 0.0), terms, CT, PREC)
-            crossing = tl.sum(tl.where(i[None, :] < i[:, None], later, 0.0), 1)
-            flow += tl.where((d == 0)[None, :], crossing[:, None], 0.0)
-    return dr, dy, flow
+from .tiles import tile_gradient, tile_gradients, tile_slices
 
 
 @triton.jit
 def gated_gradient_kernel(
-    r, p, y, x, write, gate, states, dstates, dr, dy, dgate, dwrite, bounds, T, NC, H, HQ, G, scale,
+    r, p, y, x, write, gate, states, dstates, dr, dy_tiles, dy, dgate, dwrite, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     C: tl.constexpr, GROUP_TILES: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr, STORE_DR: tl.constexpr,
-    PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
-    PREC: tl.constexpr, EXACT: tl.constexpr,
+    GATE_PARTS: tl.constexpr, PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr,
+    SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One (chunk, head) and slice of the gated side. Gradients of a gate or weight per head leave it as one part per
-    slice, [B, T, H, slices]."""
+    """One (chunk, head) and slice of the gated side: adds to dr, dy_tiles and dgate what states take part in. Gradients
+    of a gate or weight per head leave it as one part per slice."""
     c = tl.program_id(0) // H
     h = tl.program_id(0) - c * H
     start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
@@ -145,27 +101,34 @@ def gated_gradient_kernel(
             got = dot(pb, sb, CT, PREC) * before_rows
             if KIND != NONE:
                 flow = add_dot(flow, tl.where(t[None, :] >= i[:, None], 1.0, 0.0), rb * got, CT, PREC)
-            b = dot(pb, tl.trans(xb), CT, PREC)
-            drb, dyb, flow = tile_gradient(
-                rb, yb, b, g, t, k, dyb, flow, LOG_SUB, BG, KIND, CT, SPLIT, PREC, EXACT
-            )  # fmt: skip
+            cell = row[:, None] * R + d[None, :]
+            mask = row_valid[:, None] & (d < R)[None, :]
+            if KIND == NONE:
+                b = dot(pb, tl.trans(xb), CT, PREC)
+                drb, dyb, flow = tile_gradient(
+                    rb, yb, b, g, t, k, dyb, flow, LOG_SUB, BG, KIND, CT, SPLIT, PREC, EXACT
+                )  # fmt: skip
+                drb = scale * (drb + got)
+            elif STORE_DR:
+                drb = tl.load(dr + cell, mask=mask, other=0.0).to(tl.float32) + scale * got
             if STORE_DR:
-                mask = row_valid[:, None] & (d < R)[None, :]
-                tl.store(dr + row[:, None] * R + d[None, :], scale * (drb + got), mask=mask)
+                tl.store(dr + cell, drb, mask=mask)
             dstate = add_dot(dstate, tl.trans(pb), rb * before_rows, CT, PREC)
-        cell = token[:, None] * R + d[None, :]
-        mask = valid[:, None] & (d < R)[None, :]
+        at = token[:, None] * R + d[None, :]
+        inside = valid[:, None] & (d < R)[None, :]
         if KIND == ROWS:
-            tl.store(dgate + cell, flow, mask=mask)
+            tl.store(dgate + at, flow + tl.load(dgate + at, mask=inside, other=0.0), mask=inside)
         elif KIND == SCALAR:
-            tl.store(dgate + token * parts + part, tl.sum(flow, 1), mask=valid)
+            tl.store(dgate + token * GATE_PARTS + part, tl.sum(flow, 1), mask=valid)
+        if KIND != NONE:
+            dyb += tl.load(dy_tiles + at, mask=inside, other=0.0)
         if WEIGHTED:
             if KIND == ROWS:
-                tl.store(dwrite + cell, unweighted * dyb, mask=mask)
+                tl.store(dwrite + at, unweighted * dyb, mask=inside)
             else:
                 tl.store(dwrite + token * parts + part, tl.sum(unweighted * dyb, 1), mask=valid)
             dyb *= w
-        tl.store(dy + cell, dyb, mask=mask)
+        tl.store(dy + at, dyb, mask=inside)
 
 
 @triton.jit
@@ -209,22 +172,29 @@ def plain_gradient_kernel(
         tl.store(dx + token[:, None] * X + e[None, :], dxb, mask=valid[:, None] & (e < X)[None, :])
 
 
-def gated_gradients(r, p, y, x, write, gate, states, dstates, scale, want_dr, plan: Plan, chunks: Chunks, chunk: int):
+def gated_gradients(
+    r, p, y, x, write, gate, states, dstates, scale, want_dr, cu_seqlens, plan: Plan, chunks: Chunks, chunk: int
+):  # fmt: skip
     """dr (or None), dy, and the gradients of gate and write weights in fp32 (or None)."""
     B, T, H = y.shape[:3]
     width, slices, options = launch.fit(launch.GATED_GRADIENT, plan, plan.R, plan.X)
+
+    def small(given, parts):
+        width = plan.R if plan.kind == ROWS.value else parts
+        return None if given is None else torch.empty(B, T, H, width, dtype=torch.float32, device=y.device)
+
     dr, dy = torch.empty_like(r) if want_dr else None, torch.empty_like(y)
-    shape = (B, T, H, plan.R if plan.kind == ROWS.value else slices)
-    dgate, dwrite = (
-        None if z is None else torch.empty(shape, dtype=torch.float32, device=y.device) for z in (gate, write)
-    )
+    gate_parts = slices + tile_slices(plan)[1]
+    dgate, dwrite, dy_tiles = small(gate, gate_parts), small(write, slices), None
+    if gate is not None:
+        dy_tiles = tile_gradients(r, p, y, x, write, gate, dr, dgate, scale, slices, cu_seqlens, plan, chunks)
     gated_gradient_kernel[(chunks.count * H, slices)](
-        r, p, y, x, write, gate, states, dstates, dr, dy, dgate, dwrite, chunks.bounds, T, chunks.per_sequence, H,
-        H * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, width, pad(plan.X), STORE_DR=want_dr,
-        **plan.options(chunks, write), **options,
+        r, p, y, x, write, gate, states, dstates, dr, dy_tiles, dy, dgate, dwrite, chunks.bounds, T,
+        chunks.per_sequence, H, H * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, width,
+        pad(plan.X), STORE_DR=want_dr, GATE_PARTS=gate_parts, **plan.options(chunks, write), **options,
     )  # fmt: skip
     if plan.kind != ROWS.value:
-        dgate, dwrite = (z if z is None else z[..., 0] if slices == 1 else z.sum(-1) for z in (dgate, dwrite))
+        dgate, dwrite = (z if z is None else z.sum(-1) for z in (dgate, dwrite))
     return dr, dy, dgate, dwrite
 
 

@@ -89,7 +89,7 @@ def plan_for(gate: str, HQ: int, H: int, D: int, V: int, dtype: torch.dtype) -> 
     wide = max(pad(R), pad(X)) > 128
     if half:
         group = min(triton.next_power_of_2(HQ // H), 8)
-        tile = max(16, min(64, (128 if wide else 64) // group))
+        tile = 32 if wide and group == 4 else max(16, 64 // group)
     else:
         group = min(triton.next_power_of_2(HQ // H), 2 if wide else 4)
         tile = max(16, 32 // group)

@@ -18,11 +18,14 @@ class Launch:
 
 
 CHUNK = 64  # tokens: a state costs a program as much traffic as its inputs
+NARROWEST = 32  # columns of a slice: with 16 Triton 3.6 was seen to compile into illegal accesses
 PAIRS = Launch(0, 8, 1)
 PAIR_COLUMNS = 64
+TILES = Launch(0, 8, 1)
+TILE_COLUMNS = 64
 PLAIN = Launch(8192, 8, 2)
 GATED = Launch(8192, 8, 2)
-CHUNKS = Launch(16384, 8, 2)
+CHUNKS = Launch(16384, 4, 2)
 GATED_GRADIENT = Launch(4096, 8, 1)  # holds two states
 PLAIN_GRADIENT = Launch(8192, 8, 2)
 
@@ -40,5 +43,5 @@ def fit(launch: Launch, plan: Plan, side: int, held: int) -> tuple[int, int, dic
     """For a program that holds all `held` columns of one side of the state and a slice of the other, of `side` columns:
     the slice's width, how many there are, and the launch options."""
     exact = plan.numerics.store == torch.float32  # three passes need twice the operands, of twice the size
-    width = max(16, min(pad(side), launch.elements // (4 if exact else 1) // pad(held)))
+    width = max(NARROWEST, min(pad(side), launch.elements // (4 if exact else 1) // pad(held)))
     return width, triton.cdiv(side, width), options(launch, plan, min(plan.rows, pad(held)))

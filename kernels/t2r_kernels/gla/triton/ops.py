@@ -92,7 +92,7 @@ def gla_backward(
     states, gamma = states_of(y, x, write, log_decay, initial, None, *place, swapped)
     dstates = gradients_of(r, p, log_decay, gamma, scale, dfinal, dinitial, *place, swapped)
     dr, dy, dgate, dwrite = gated_gradients(
-        r, p, y, x, write, log_decay, states, dstates, scale, not swapped, *place
+        r, p, y, x, write, log_decay, states, dstates, scale, not swapped, cu_seqlens, *place
     )  # fmt: skip
     pairs = pair_scores(r, y, write, log_decay, scale, cu_seqlens, plan, chunks)
     dx = plain_gradient(r, p, y, x, write, log_decay, pairs, dstates, scale, *place)

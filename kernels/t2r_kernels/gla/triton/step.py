@@ -71,6 +71,6 @@ def gla_step_triton(
     kind = {None: NONE, "scalar": SCALAR, "key": KEY, "value": VALUE}[gate].value
     step_kernel[(B * H, triton.cdiv(V, columns))](
         q, k, v, log_decay, write, state, o, H, HQ, float(scale), D, V, HQ // H, triton.next_power_of_2(D), columns,
-        GATE=kind, WEIGHTED=write is not None, num_warps=4,
+        GATE=kind, WEIGHTED=write is not None, num_warps=2 if D <= 128 else 4,
     )  # fmt: skip
     return o
