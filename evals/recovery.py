@@ -41,12 +41,13 @@ class Job:
     seed: int
     recipe: str
     overrides: tuple[str, ...]
+    places: tuple[str, ...]
     folder: Path
 
     @property
     def arguments(self) -> list[str]:
         """What `t2r run` is called with."""
-        return [self.recipe, *self.overrides, f"seed={self.seed}", f"output={self.folder}"]
+        return [self.recipe, *self.overrides, *self.places, f"seed={self.seed}", f"output={self.folder}"]
 
 
 def read_table(path: Path) -> dict[str, Record]:
@@ -258,6 +259,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="JSON lines, one per run; default: OUTPUT/results.jsonl")
     parser.add_argument("--only", type=names, help="rows to run, with commas; default: all")
     parser.add_argument("--seeds", type=names, default=["0", "1", "2"], help="default: 0,1,2")
+    parser.add_argument("--runs", type=names, metavar="ROW/SEED,...", help="exactly these, in this order")
     parser.add_argument("--gpus", type=names, default=None, help="CUDA devices, with commas; default: as they are")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on each GPU; default: %(default)s")
     parser.add_argument("--render", type=Path, nargs="+", metavar="RESULTS", help="run nothing; render stored results")
@@ -273,18 +275,22 @@ def main() -> None:
         "data.source": options.train,
         "data.validation.source": options.validation,
     }
-    common = [f"{key}={value}" for key, value in places.items() if value] + options.set
+    given = tuple(f"{key}={value}" for key, value in places.items() if value)
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     if options.render:
         lines = [line for path in options.render for line in path.read_text().splitlines()]
         print(write_outputs([json.loads(line) for line in lines], rows, output))
         return
-    jobs = [
-        Job(name, int(seed), row["recipe"], (*row["overrides"], *common), output / name / f"seed-{seed}")
-        for seed in options.seeds  # one seed of every row before the second of any
-        for name, row in rows.items()
-    ]
+    # One seed of every row before the second of any.
+    wanted = options.runs or [f"{name}/{seed}" for seed in options.seeds for name in rows]
+    jobs = []
+    for run_name in wanted:
+        name, _, seed = run_name.rpartition("/")
+        if name not in rows:
+            sys.exit(f"{run_name}: no such row; rows are {', '.join(rows)}")
+        overrides = (*rows[name]["overrides"], *options.set)
+        jobs.append(Job(name, int(seed), rows[name]["recipe"], overrides, given, output / name / f"seed-{seed}"))
     results = options.results or output / "results.jsonl"
     began = time.perf_counter()
     records = run_all(jobs, gpus=options.gpus, parallel=options.parallel, results=results)
