@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from t2r_kernels import gsa, gsa_gates
-from t2r_kernels.gsa.ops import gsa_backward, gsa_forward
+from t2r_kernels.gsa.operators import gsa_backward, gsa_forward
 
 from .cases import bounds, gsa_inputs
 
@@ -59,7 +59,7 @@ def test_operators_keep_their_contract(with_state, seed):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU gsa_gates is plain torch")
 def test_the_operators_of_gates_keep_their_contract(seed):
-    from t2r_kernels.gsa.triton.gates import gates_forward
+    from t2r_kernels.gsa.triton.gates_operators import gates_forward
 
     torch.manual_seed(seed)
     gate, bias, amplitude = (torch.randn(s, device=DEVICE).requires_grad_() for s in ((2, 20, 2, 16), (2, 16), (2, 16)))

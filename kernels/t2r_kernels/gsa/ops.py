@@ -1,4 +1,4 @@
-"""gsa as torch operators, so that torch.compile, selective checkpointing and FSDP see one opaque node each."""
+"""gsa under autograd, in Triton and (for compilers, which must see one opaque node) in torch."""
 
 from __future__ import annotations
 
@@ -12,27 +12,22 @@ from .chunk import gsa_chunk, gsa_chunk_backward
 from .naive import State
 
 
-def _states_like(k: Tensor, v: Tensor, log_alpha: Tensor, cu_seqlens: Tensor | None) -> State:
+def states_like(k: Tensor, v: Tensor, log_alpha: Tensor, cu_seqlens: Tensor | None) -> State:
     N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, k.shape[2], log_alpha.shape[-1])
-    dtype = _state_dtype(k)
+    dtype = state_dtype(k)
     return k.new_empty(*shape, k.shape[-1], dtype=dtype), v.new_empty(*shape, v.shape[-1], dtype=dtype)
 
 
-def _state_dtype(k: Tensor) -> torch.dtype:
+def state_dtype(k: Tensor) -> torch.dtype:
     return torch.promote_types(k.dtype, torch.float32)
-
-
-def _nothing(q: Tensor) -> Tensor:
-    """What an operator returns in the place of an output that was not asked for."""
-    return q.new_empty(0, dtype=_state_dtype(q))
 
 
 def _pair(first: Tensor | None, second: Tensor | None) -> State | None:
     return None if first is None or second is None else (first.contiguous(), second.contiguous())
 
 
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -44,34 +39,23 @@ def _forward(
     scale: float,
     output_final_state: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, and the final states (empty tensors unless asked for). backend: "triton" or "torch"."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """o, and the final states (None unless asked for). backend: "triton" or "torch"."""
     if backend == "torch":
         initial = _pair(initial_k, initial_v)
         with dispatch.without_autocast(q.device):
             o, final = gsa_chunk(q, k, v, log_alpha, scale, initial, output_final_state, cu_seqlens, visible)
-        return o, *(final or (_nothing(q), _nothing(q)))
+        return o, *(final or (None, None))
     from .triton.ops import run_forward
 
     q, k, v, log_alpha = (x.contiguous() for x in (q, k, v, log_alpha))
     visible = None if visible is None else visible.contiguous()
-    final = _states_like(k, v, log_alpha, cu_seqlens) if output_final_state else None
+    final = states_like(k, v, log_alpha, cu_seqlens) if output_final_state else None
     o = run_forward(q, k, v, log_alpha, visible, scale, _pair(initial_k, initial_v), final, cu_seqlens)
-    return o, *(final or (_nothing(q), _nothing(q)))
+    return o, *(final or (None, None))
 
 
-gsa_forward = torch.library.custom_op("t2r_kernels::gsa_forward", mutates_args=())(_forward)
-
-
-@gsa_forward.register_fake
-def _(q, k, v, log_alpha, initial_k, initial_v, cu_seqlens, visible, scale, output_final_state, backend):
-    o = q.new_empty(*q.shape[:3], v.shape[-1])
-    if output_final_state:
-        return o, *_states_like(k, v, log_alpha, cu_seqlens)
-    return o, _nothing(q), _nothing(q)
-
-
-def _backward(
+def backward(
     do: Tensor,
     dfinal_k: Tensor | None,
     dfinal_v: Tensor | None,
@@ -85,16 +69,15 @@ def _backward(
     visible: Tensor | None,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dlog_alpha, and the gradients of the initial states (empty tensors without initial states)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, dlog_alpha, and the gradients of the initial states (None without initial states)."""
     if backend == "torch":
         dfinal, initial = _pair(dfinal_k, dfinal_v), _pair(initial_k, initial_v)
         with dispatch.without_autocast(q.device):
-            *gradients, d_k, d_v = gsa_chunk_backward(
+            dq, dk, dv, dlog_alpha, dinitial_k, dinitial_v = gsa_chunk_backward(
                 do, dfinal, q, k, v, log_alpha, scale, initial, cu_seqlens, visible
             )
-        dq, dk, dv, dlog_alpha = gradients
-        return dq, dk, dv, dlog_alpha, *((_nothing(q), _nothing(q)) if initial is None else (d_k, d_v))
+        return dq, dk, dv, dlog_alpha, *((None, None) if initial is None else (dinitial_k, dinitial_v))
     from .triton.ops import run_backward
 
     do, q, k, v, log_alpha = (x.contiguous() for x in (do, q, k, v, log_alpha))
@@ -102,31 +85,21 @@ def _backward(
     dq, dk, dv, dlog_alpha, dinitial = run_backward(
         q, k, v, log_alpha, visible, do, _pair(dfinal_k, dfinal_v), scale, _pair(initial_k, initial_v), cu_seqlens
     )
-    return dq, dk, dv, dlog_alpha, *(dinitial or (_nothing(q), _nothing(q)))
+    return dq, dk, dv, dlog_alpha, *(dinitial or (None, None))
 
 
-gsa_backward = torch.library.custom_op("t2r_kernels::gsa_backward", mutates_args=())(_backward)
-
-
-@gsa_backward.register_fake
-def _(do, dfinal_k, dfinal_v, q, k, v, log_alpha, initial_k, initial_v, cu_seqlens, visible, scale, backend):
-    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    dinitial = [
-        _nothing(q) if x is None else x.new_empty(x.shape, dtype=_state_dtype(k)) for x in (initial_k, initial_v)
-    ]
-    return *like, log_alpha.new_empty(log_alpha.shape, dtype=_state_dtype(k)), *dinitial
-
-
-def _setup(ctx, inputs, output):
+def setup(ctx, inputs, output):
+    """Keeps what `gradients` needs: the inputs."""
     q, k, v, log_alpha, initial_k, initial_v, cu_seqlens, visible, ctx.scale, ctx.final, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, log_alpha, initial_k, initial_v, cu_seqlens, visible)
 
 
-def _gradients(ctx, do, dfinal_k, dfinal_v, backward: Callable = gsa_backward):
+def gradients(ctx, do, dfinal_k, dfinal_v, run: Callable):
+    """The gradients of `forward`'s inputs, by `run` (`backward` or its operator)."""
     q, k, v, log_alpha, initial_k, initial_v, cu_seqlens, visible = ctx.saved_tensors
     if not ctx.final:
         dfinal_k = dfinal_v = None
-    dq, dk, dv, dlog_alpha, dinitial_k, dinitial_v = backward(
+    dq, dk, dv, dlog_alpha, dinitial_k, dinitial_v = run(
         do, dfinal_k, dfinal_v, q, k, v, log_alpha, initial_k, initial_v, cu_seqlens, visible, ctx.scale, ctx.backend
     )
     dlog_alpha = dlog_alpha.to(log_alpha.dtype)
@@ -137,22 +110,19 @@ def _gradients(ctx, do, dfinal_k, dfinal_v, backward: Callable = gsa_backward):
     return dq, dk, dv, dlog_alpha, dinitial_k, dinitial_v, None, None, None, None, None
 
 
-gsa_forward.register_autograd(_gradients, setup_context=_setup)
-
-
 class _Direct(torch.autograd.Function):
-    """The same without operators."""
+    """`forward` and `backward` as they are, without the cost of operators."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
+        output = forward(*inputs)
+        setup(ctx, inputs, output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal_k, dfinal_v):  # type: ignore[override]
-        return _gradients(ctx, do, dfinal_k, dfinal_v, _backward)
+        return gradients(ctx, do, dfinal_k, dfinal_v, backward)
 
 
 def gsa_operator(
@@ -171,11 +141,17 @@ def gsa_operator(
     initial_k, initial_v = initial_state or (None, None)
     run: Callable
     if dispatch.watched(q):
+        from .operators import gsa_forward
+
         run = gsa_forward
     else:
-        run = _Direct.apply if torch.is_grad_enabled() else _forward
+        run = _Direct.apply if torch.is_grad_enabled() else forward
     o, final_k, final_v = run(
         q, k.to(q.dtype), v.to(q.dtype), log_alpha, initial_k, initial_v, cu_seqlens, visible, scale,
         output_final_state, backend,
     )  # fmt: skip
-    return o, (final_k, final_v) if output_final_state else None
+    if not output_final_state:
+        return o, None
+    assert final_k is not None
+    assert final_v is not None
+    return o, (final_k, final_v)

@@ -1,4 +1,4 @@
-"""Logits to log alpha in one pass and back in one: `t2r_kernels.gsa_gates` as torch operators."""
+"""Logits to log alpha in one pass and back in one."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import dispatch
 from .common import ceil_div, power_of_two
+from .launch import launch
 
 TOKENS = tl.constexpr(16)
 SPAN = 256  # tokens whose gradients for bias and amplitude one program sums
@@ -109,7 +110,7 @@ def _arguments(gate: Tensor, bias, amplitude, position, mask, sinks: int, ring: 
     return (bias, amplitude, position, mask), (tokens, columns, gate.shape[3], sinks, ring, 1.0 / tau), flags
 
 
-def _forward(
+def forward(
     gate: Tensor,
     bias: Tensor | None,
     amplitude: Tensor | None,
@@ -119,23 +120,16 @@ def _forward(
     ring: int,
     tau: float,
 ) -> Tensor:
+    """log alpha."""
     gate = gate.contiguous()
     tensors, sizes, flags = _arguments(gate, bias, amplitude, position, mask, sinks, ring, tau)
     log_alpha = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
-    grid = (ceil_div(sizes[0], TOKENS.value), ceil_div(sizes[1], flags["BC"]))
-    gates_forward_kernel[grid](gate, *tensors, log_alpha, *sizes, **flags, num_warps=4)
+    grid = (ceil_div(sizes[0], TOKENS.value), ceil_div(sizes[1], flags["BC"]), 1)
+    launch(gates_forward_kernel, grid, gate, *tensors, log_alpha, *sizes, *flags.values(), num_warps=4)
     return log_alpha
 
 
-gates_forward = torch.library.custom_op("t2r_kernels::gsa_gates_forward", mutates_args=())(_forward)
-
-
-@gates_forward.register_fake
-def _(gate, bias, amplitude, position, mask, sinks, ring, tau):
-    return gate.new_empty(gate.shape, dtype=torch.float32)
-
-
-def _backward(
+def backward(
     dlog_alpha: Tensor,
     gate: Tensor,
     bias: Tensor | None,
@@ -155,55 +149,45 @@ def _backward(
         torch.empty(programs if x is not None else 0, *gate.shape[2:], dtype=torch.float32, device=gate.device)
         for x in (bias, amplitude)
     ]
-    grid = (programs, ceil_div(sizes[1], flags["BC"]))
-    gates_backward_kernel[grid](
-        gate, *tensors, dlog_alpha, dgate, *sums, *sizes, **flags, STEPS=SPAN // TOKENS.value, num_warps=4
-    )
+    grid = (programs, ceil_div(sizes[1], flags["BC"]), 1)
+    launch(
+        gates_backward_kernel, grid, gate, *tensors, dlog_alpha, dgate, *sums, *sizes, *flags.values(),
+        SPAN // TOKENS.value, num_warps=4,
+    )  # fmt: skip
     dbias, damplitude = (
         x.new_empty(0) if given is None else x.sum(0) for x, given in zip(sums, (bias, amplitude), strict=True)
     )
     return dgate, dbias, damplitude
 
 
-gates_backward = torch.library.custom_op("t2r_kernels::gsa_gates_backward", mutates_args=())(_backward)
-
-
-@gates_backward.register_fake
-def _(dlog_alpha, gate, bias, amplitude, position, mask, sinks, ring, tau):
-    like = gate.new_empty(gate.shape)
-    sums = (gate.new_empty(0 if x is None else gate.shape[2:], dtype=torch.float32) for x in (bias, amplitude))
-    return like, *sums
-
-
-def _setup(ctx, inputs, output):
+def setup(ctx, inputs, output):
+    """Keeps what `gradients` needs: the inputs."""
     *tensors, ctx.sinks, ctx.ring, ctx.tau = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx, dlog_alpha, backward=gates_backward):
+def gradients(ctx, dlog_alpha, run: Callable):
+    """The gradients of `forward`'s inputs, by `run` (`backward` or its operator)."""
     gate, bias, amplitude, position, mask = ctx.saved_tensors
-    dgate, dbias, damplitude = backward(dlog_alpha, gate, bias, amplitude, position, mask, ctx.sinks, ctx.ring, ctx.tau)
+    dgate, dbias, damplitude = run(dlog_alpha, gate, bias, amplitude, position, mask, ctx.sinks, ctx.ring, ctx.tau)
     dbias = None if bias is None else dbias.to(bias.dtype)
     damplitude = None if amplitude is None else damplitude.to(amplitude.dtype)
     return dgate, dbias, damplitude, None, None, None, None, None
 
 
-gates_forward.register_autograd(_gradients, setup_context=_setup)
-
-
 class _Direct(torch.autograd.Function):
-    """The same without operators."""
+    """`forward` and `backward` as they are, without the cost of operators."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
+        output = forward(*inputs)
+        setup(ctx, inputs, output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlog_alpha):
-        return _gradients(ctx, dlog_alpha, backward=_backward)
+        return gradients(ctx, dlog_alpha, backward)
 
 
 def gates_triton(
@@ -219,7 +203,9 @@ def gates_triton(
     """Shapes as in `t2r_kernels.gsa_gates`. Deterministic: the sums for bias and amplitude use no atomics."""
     run: Callable
     if dispatch.watched(gate):
+        from .gates_operators import gates_forward
+
         run = gates_forward
     else:
-        run = _Direct.apply if torch.is_grad_enabled() else _forward
+        run = _Direct.apply if torch.is_grad_enabled() else forward
     return run(gate, bias, amplitude, position, mask, sinks, ring, tau)

@@ -20,6 +20,7 @@ from .common import (
     suffix_decay,
     write_weight,
 )
+from .launch import launch
 
 
 @triton.jit
@@ -125,9 +126,10 @@ def scan(states, gamma, incoming, outgoing, chunks: Chunks, D: int, V: int, *, r
     block = 256
     in_k, in_v = incoming or (states, states)
     out_k, out_v = outgoing or (states, states)
-    scan_kernel[(chunks.sequences * H, ceil_div(E, block))](
+    launch(
+        scan_kernel, (chunks.sequences * H, ceil_div(E, block), 1),
         states, gamma, in_k, in_v, out_k, out_v, chunks.first, chunks.per_sequence, H, E, D, V, block,
-        PACKED=chunks.first is not None, REVERSE=reverse, HAS_IN=incoming is not None, HAS_OUT=outgoing is not None,
+        chunks.first is not None, reverse, incoming is not None, outgoing is not None,
         num_warps=4,
     )  # fmt: skip
 

@@ -1,12 +1,12 @@
 """One decode step: the states are read once, updated in place and used by every query head of the group.
 
-A step is a copy of the states with a little arithmetic, so what counts is bytes in flight and that nothing waits. The
-states stream through registers in slices of 16 slots, with a running softmax over slots. The shapes of the tiles say
-which thread holds what, for Triton gives a thread the last dimension and deals out lanes, then warps from the first on:
-K's tile is [8 lanes, 4 lanes, 4 warps, heads, blocks, 4]: 8 lanes share the columns of a slot, so that a score is a sum
-in the thread and three shuffles; V's tile is [32 lanes, 4 warps, 4 slots, heads, blocks, 4]: a warp has whole rows, so
-that the sum over slots stays in the thread. Each warp has four slots of its own in every slice and a softmax of its
-own; the warps meet once, at the end.
+A step is a copy of the states with a little arithmetic, so what counts is bytes in flight and that no warp waits for
+another. Each warp has some slots of its own in every slice of the states, which stream through registers, and a running
+softmax over them; the warps meet once, at the end. The shape of the tiles says which thread holds what, for Triton
+gives a thread the last dimension and deals out lanes, then warps from the first on. Here it is [32 lanes, warps, slots,
+heads, blocks, 4]: a warp has whole rows of a state (512 bytes at a time), a score is a sum over lanes, and what follows
+from the scores is where the rows of V are: nothing moves between threads. (With eight lanes for a row there is a fourth
+of the shuffles, but probabilities must then be handed on through shared memory, with a barrier for every slice.)
 """
 
 import torch
@@ -15,91 +15,105 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import LOG2E, ceil_div, power_of_two, write_weight
+from .launch import launch
 
-WARPS = tl.constexpr(4)
-SLOTS = tl.constexpr(4)  # of one warp in one slice
-LANES_K = tl.constexpr(8)  # that share one slot
-LANES_V = tl.constexpr(32)
+LANES = tl.constexpr(32)
 VECTOR = tl.constexpr(4)  # neighbouring columns of one thread: 16 bytes
 LOWEST = tl.constexpr(-1e30)  # running maximum before the first score; not -inf, whose difference would be NaN
+WARPS = 4
+AHEAD = 2
 
 
 @triton.jit
-def gate_of(log_alpha, slot, M: tl.constexpr):
-    """alpha and w = 1 - alpha of these slots."""
-    x = tl.load(log_alpha + slot, mask=slot < M, other=0.0).to(tl.float32) * 1.4426950408889634
-    return tl.exp2(x), write_weight(tl.maximum(x, -512.0))
+def columns(WARPS: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Columns of a tile, at its full shape: what is loaded there comes as the tile lies."""
+    first = tl.arange(0, BLOCKS)[None, :] * LANES + tl.arange(0, LANES)[:, None]
+    d = first[:, None, None, None, :, None] * VECTOR + tl.arange(0, VECTOR)
+    return tl.broadcast_to(d, LANES, WARPS, SLOTS, HEADS, BLOCKS, VECTOR)
 
 
 @triton.jit
-def lane_columns(LANES: tl.constexpr, BLOCKS: tl.constexpr):
-    """First of a thread's columns, [lane, block]."""
-    return (tl.arange(0, BLOCKS)[None, :] * LANES + tl.arange(0, LANES)[:, None]) * VECTOR
+def load_slice(state, slot, d, WIDTH: tl.constexpr, M: tl.constexpr):
+    return tl.load(state + slot * WIDTH + d, mask=(slot < M) & (d < WIDTH), other=0.0)
 
 
 @triton.jit
 def step_kernel(
     q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, G, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BLOCKS_K: tl.constexpr,
-    BLOCKS_V: tl.constexpr, LIMITED: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS_V: tl.constexpr, LIMITED: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One (sequence, key/value head)."""
     pid = tl.program_id(0).to(tl.int64)
     b = pid // H
     h = pid - b * H
-    slot = tl.arange(0, SLOTS)
-    warp = tl.arange(0, WARPS)
-    vector = tl.arange(0, VECTOR)
-    # What is smaller than a tile is loaded at the tile's shape, so that it comes as the tile lies.
-    d = lane_columns(LANES_K, BLOCKS_K)[:, None, None, None, :, None] + vector
-    d = tl.broadcast_to(d, LANES_K, SLOTS, WARPS, 1, BLOCKS_K, VECTOR)
-    e = lane_columns(LANES_V, BLOCKS_V)[:, None, None, None, :, None] + vector
-    e = tl.broadcast_to(e, LANES_V, WARPS, SLOTS, 1, BLOCKS_V, VECTOR)
-    g = tl.broadcast_to(tl.arange(0, BG)[None, None, None, :, None, None], LANES_K, SLOTS, WARPS, BG, BLOCKS_K, VECTOR)
-    slot_k = (warp[None, :] * SLOTS + slot[:, None])[None, :, :, None, None, None]
-    slot_v = (warp[:, None] * SLOTS + slot[None, :])[None, :, :, None, None, None]
     log_alpha += pid * M
     state_k += pid * (M * D)
     state_v += pid * (M * V)
     row = b * HQ + h * G
+    d = columns(WARPS, SLOTS, 1, BLOCKS_K)
+    e = columns(WARPS, SLOTS, 1, BLOCKS_V)
+    own = tl.arange(0, WARPS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
+    slot = own[None, :, :, None, None, None]
+    if AHEAD >= 1:
+        next_k = load_slice(state_k, slot, d, D, M)
+    if AHEAD >= 2:
+        next_v = load_slice(state_v, slot, e, V, M)
+    one = columns(WARPS, 1, 1, BLOCKS_K)
+    kb = tl.load(k + pid * D + one, mask=one < D, other=0.0).to(tl.float32)
+    one = columns(WARPS, 1, 1, BLOCKS_V)
+    vb = tl.load(v + pid * V + one, mask=one < V, other=0.0).to(tl.float32)
+    each = columns(WARPS, 1, BG, BLOCKS_K)
+    g = tl.arange(0, BG)[None, None, None, :, None, None]
+    qb = tl.load(q + (row + g) * D + each, mask=(g < G) & (each < D), other=0.0).to(tl.float32)
     limit = M
     if LIMITED:
         limit = tl.load(visible + b).to(tl.int32)
     highest = tl.full([WARPS, BG], LOWEST, tl.float32)
     total = tl.zeros([WARPS, BG], tl.float32)
-    acc = tl.zeros([LANES_V, WARPS, BG, BLOCKS_V, VECTOR], tl.float32)
-    for first in tl.range(0, M, WARPS * SLOTS, num_stages=STAGES):
-        mk = first + slot_k
-        mv = first + slot_v
-        mask_k = (mk < M) & (d < D)
-        mask_v = (mv < M) & (e < V)
-        old_k = tl.load(state_k + mk * D + d, mask=mask_k, other=0.0)
-        old_v = tl.load(state_v + mv * V + e, mask=mask_v, other=0.0)
-        kb = tl.load(k + pid * D + d, mask=d < D, other=0.0).to(tl.float32)
-        qb = tl.load(q + (row + g) * D + d, mask=(g < G) & (d < D), other=0.0).to(tl.float32)
-        alpha, w = gate_of(log_alpha, mk, M)
+    acc = tl.zeros([LANES, WARPS, BG, BLOCKS_V, VECTOR], tl.float32)
+    for first in range(0, M, WARPS * SLOTS):
+        m = first + slot
+        after = m + WARPS * SLOTS
+        if AHEAD >= 1:
+            old_k = next_k
+        else:
+            old_k = load_slice(state_k, m, d, D, M)
+        if AHEAD >= 2:
+            old_v = next_v
+            next_k = load_slice(state_k, after, d, D, M)
+            next_v = load_slice(state_v, after, e, V, M)
+        else:
+            old_v = load_slice(state_v, m, e, V, M)
+        x = tl.load(log_alpha + m, mask=m < M, other=0.0).to(tl.float32) * 1.4426950408889634
+        alpha = tl.exp2(x)
+        w = write_weight(tl.maximum(x, -512.0))
         new_k = old_k * alpha + w * kb
-        tl.store(state_k + mk * D + d, new_k, mask=mask_k)
+        tl.store(state_k + m * D + d, new_k, mask=(m < M) & (d < D))
         s = tl.sum(tl.sum(tl.sum(new_k * qb, 5), 4), 0) * scale_log2
-        seen = first + warp[None, :, None] * SLOTS + slot[:, None, None] < limit
-        s = tl.where(seen, s, float("-inf"))
-        higher = tl.maximum(highest, tl.max(s, 0))
-        p = tl.exp2(s - higher[None, :, :])
+        s = tl.where((first + own < limit)[:, :, None], s, float("-inf"))
+        higher = tl.maximum(highest, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None, :])
         fade = tl.exp2(highest - higher)
-        total = total * fade + tl.sum(p, 0)
+        total = total * fade + tl.sum(p, 1)
         highest = higher
-        vb = tl.load(v + pid * V + e, mask=e < V, other=0.0).to(tl.float32)
-        alpha, w = gate_of(log_alpha, mv, M)
+        if AHEAD == 1:
+            next_k = load_slice(state_k, after, d, D, M)
         new_v = old_v * alpha + w * vb
-        tl.store(state_v + mv * V + e, new_v, mask=mask_v)
-        weighted = tl.permute(p, (1, 0, 2))[None, :, :, :, None, None] * new_v
-        acc = acc * fade[None, :, :, None, None] + tl.sum(weighted, 2)
+        tl.store(state_v + m * V + e, new_v, mask=(m < M) & (e < V))
+        acc = acc * fade[None, :, :, None, None] + tl.sum(p[None, :, :, :, None, None] * new_v, 2)
     share = tl.exp2(highest - tl.max(highest, 0)[None, :])
     share = share / tl.sum(share * total, 0)[None, :]
     out = tl.sum(acc * share[None, :, :, None, None], 1)
+    first = tl.arange(0, BLOCKS_V)[None, :] * LANES + tl.arange(0, LANES)[:, None]
+    column = first[:, None, :, None] * VECTOR + tl.arange(0, VECTOR)
     head = tl.arange(0, BG)[None, :, None, None]
-    column = lane_columns(LANES_V, BLOCKS_V)[:, None, :, None] + vector
     tl.store(o + (row + head) * V + column, out, mask=(head < G) & (column < V))
+
+
+def slots_of_a_warp(heads: int, blocks: int) -> int:
+    """In one slice: as many as registers allow beside the queries and the output of all heads."""
+    return 2 if heads * blocks <= 8 else 1
 
 
 def gsa_step_triton(
@@ -123,15 +137,11 @@ def gsa_step_triton(
     B, HQ, D = q.shape
     H, V, M = k.shape[1], v.shape[-1], log_alpha.shape[-1]
     o = torch.empty(B, HQ, V, dtype=q.dtype, device=q.device)
-    step_kernel[(B * H,)](
-        q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, HQ // H, scale * LOG2E, D, V, M,
-        power_of_two(HQ // H), *(
-            power_of_two(ceil_div(width, lanes.value * VECTOR.value))
-            for width, lanes in ((D, LANES_K), (V, LANES_V))
-        ),
-        LIMITED=visible is not None, STAGES=STAGES, num_warps=WARPS.value,
+    heads = power_of_two(HQ // H)
+    blocks = [power_of_two(ceil_div(width, 128)) for width in (D, V)]  # of 32 lanes with 4 columns
+    launch(
+        step_kernel, (B * H, 1, 1),
+        q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, HQ // H, scale * LOG2E, D, V, M, heads, *blocks,
+        visible is not None, WARPS, slots_of_a_warp(heads, sum(blocks)), AHEAD, num_warps=WARPS,
     )  # fmt: skip
     return o
-
-
-STAGES = 1

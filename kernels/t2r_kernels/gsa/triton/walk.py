@@ -61,10 +61,10 @@ def processors(device: torch.device) -> int:
 def segment_length(tokens: int, programs: int, device: torch.device, each: int) -> int:
     """Tokens of a segment, where every segment takes `programs` programs and `each` of them fit a multiprocessor.
 
-    As long as one launch still fills the device, but at least 128: a segment costs two states of traffic.
+    As long as one launch still fills the device, but at least 64: a segment costs two states of traffic.
     """
     segments = max(1, each * processors(device) // programs)
-    return max(128, ceil_div(ceil_div(tokens, segments), 16) * 16)
+    return max(64, ceil_div(ceil_div(tokens, segments), 16) * 16)
 
 
 @triton.jit
@@ -197,9 +197,10 @@ class Walk:
             torch.empty(B, T, H, M, dtype=self.store, device=self.device) if wanted else self.gamma
             for wanted in (True, reads, reads, reads)
         )
-        gates_kernel[(self.tiles.count * H,)](
+        launch.launch(
+            gates_kernel, (self.tiles.count * H, 1, 1),
             log_alpha, self.high, self.low, self.read, self.write, self.gamma, self.tiles.bounds, T,
-            self.tiles.per_sequence, H, M, pad(M), PACKED=cu_seqlens is not None, READS=reads, CT=operand, num_warps=2,
+            self.tiles.per_sequence, H, M, pad(M), cu_seqlens is not None, reads, operand, num_warps=2,
         )  # fmt: skip
 
     def segments(self, length: int) -> Chunks:
@@ -218,11 +219,11 @@ class Walk:
         # Both branches of the kernel (K, V) hold their own stages in shared memory, of which a program gets 227 KiB.
         while options["num_stages"] > 1 and 4 * options["num_stages"] * rows * (pad(self.M) + block) > 2**17 * 1.7:
             options["num_stages"] -= 1
-        walk_states_kernel[(segments.count * self.H, slices)](
+        launch.launch(
+            walk_states_kernel, (segments.count * self.H, slices, 1),
             xk, yk, xv, yv, self.gamma, states, total, tiles, segments.bounds, self.T, segments.per_sequence, length,
             self.H, self.H * group, group, self.D, self.V, self.M, rows // 16, pad(self.M), block,
-            PACKED=segments.bounds is not None, REVERSE=reverse, EMPTY=empty, TILES=tiles is not None,
-            CT=self.operand, **options,
+            segments.bounds is not None, reverse, empty, tiles is not None, self.operand, **options,
         )  # fmt: skip
 
     def segment_states(self, pairs, incoming, outgoing, segments, length, *, group: int = 1, reverse: bool = False):

@@ -245,11 +245,11 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     place = (walk.tiles.bounds, T, walk.tiles.per_sequence, H, HQ, group)
     sizes = (D, V, M, power_of_two(group), pad(M))
     columns = [min(launch.QUERY_COLUMNS, pad(x)) for x in (D, V)]
-    options = {"PACKED": cu_seqlens is not None, "CT": operand}
-    grid = (walk.tiles.count * H,)
-    tile_query_kernel[grid](
+    packed, grid = cu_seqlens is not None, (walk.tiles.count * H, 1, 1)
+    launch.launch(
+        tile_query_kernel, grid,
         q, k, v, log_alpha, visible, do, tiles, dq, p, ds, da, a, dlog_alpha, *place, scale, scale * LOG2E, *sizes,
-        *columns, **options, LIMITED=visible is not None, **launch.for_group(launch.QUERY, group),
+        *columns, packed, visible is not None, operand, **launch.for_group(launch.QUERY, group),
     )  # fmt: skip
     dinitial = None
     if initial is not None:
@@ -257,13 +257,15 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     states, segments, length = walk.starts(((ds, q), (p, do)), dfinal, dinitial, group=group, reverse=True)
     reads = [torch.empty_like(dlog_alpha) for _ in range(2)]
     across = [torch.empty_like(walk.gamma) for _ in range(2)]
-    walk_key_kernel[(segments.count * H, 2)](
+    launch.launch(
+        walk_key_kernel, (segments.count * H, 2, 1),
         q, k, v, do, p, ds, a, da, walk.write, walk.gamma, tiles, states, dk, dv, *reads, *across, segments.bounds, T,
-        segments.per_sequence, length, H, HQ, group, *sizes, max(pad(D), pad(V)), **options, EMPTY=states is None,
+        segments.per_sequence, length, H, HQ, group, *sizes, max(pad(D), pad(V)), packed, states is None, operand,
         **launch.KEY,
     )  # fmt: skip
-    tile_gate_kernel[grid](
-        log_alpha, *reads, *across, dlog_alpha, walk.tiles.bounds, T, walk.tiles.per_sequence, H, M, pad(M), **options,
-        num_warps=2,
+    launch.launch(
+        tile_gate_kernel, grid,
+        log_alpha, *reads, *across, dlog_alpha, walk.tiles.bounds, T, walk.tiles.per_sequence, H, M, pad(M), packed,
+        operand, num_warps=2,
     )  # fmt: skip
     return dq, dk, dv, dlog_alpha, dinitial

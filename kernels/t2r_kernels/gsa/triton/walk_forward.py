@@ -80,11 +80,12 @@ def walk_forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_s
     segments = walk.segments(length)
     states = walk.segment_states(((walk.write, k), (walk.write, v)), initial, final, segments, length)
     o = torch.empty(B, T, HQ, V, dtype=q.dtype, device=q.device)
-    walk_forward_kernel[(segments.count * H,)](
+    launch.launch(
+        walk_forward_kernel, (segments.count * H, 1, 1),
         q, k, v, visible, walk.high, walk.low, walk.read, walk.write, walk.gamma, states, o, segments.bounds, T,
         segments.per_sequence, length, H, HQ, HQ // H, scale * LOG2E,
         D, V, M, power_of_two(HQ // H), pad(M), pad(D), pad(V),
-        PACKED=segments.bounds is not None, EMPTY=states is None, LIMITED=visible is not None, CT=operand,
+        segments.bounds is not None, states is None, visible is not None, operand,
         **launch.for_group(launch.FORWARD, HQ // H),
     )  # fmt: skip
     return o
