@@ -1,9 +1,13 @@
 """gsa and gsa_gates as torch operators: one node of a compiled graph, with values and gradients as in eager mode."""
 
+import functools
+
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from t2r_kernels import gsa, gsa_gates
+from t2r_kernels.gsa import operators
 from t2r_kernels.gsa.operators import gsa_backward, gsa_forward
 
 from .cases import bounds, gsa_inputs
@@ -44,6 +48,27 @@ def test_gates_compile_into_one_graph(seed):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, want = (torch.autograd.grad(f(*args), args) for f in (compiled, loss))
     torch.testing.assert_close(got, want)
+
+
+def test_selective_checkpointing_keeps_the_output(monkeypatch, seed):
+    """With a policy that saves gsa's operator the forward kernels run once, not again for the backward pass."""
+    ran = []
+    forward = operators.forward
+    monkeypatch.setattr(operators, "forward", lambda *args: ran.append(1) or forward(*args))
+    args = leaves(seed)[:4]
+
+    def loss(q, k, v, log_alpha):
+        return gsa(2 * q, 2 * k, 2 * v, log_alpha)[0].square().sum()
+
+    def policy(context, op, *args, **kwargs):
+        save = op is torch.ops.t2r_kernels.gsa_forward.default
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    kept = checkpoint(loss, *args, use_reentrant=False, context_fn=contexts)
+    got = torch.autograd.grad(kept, args)
+    assert len(ran) == 1
+    torch.testing.assert_close(got, torch.autograd.grad(loss(*args), args))
 
 
 @pytest.mark.parametrize("with_state", [False, True])

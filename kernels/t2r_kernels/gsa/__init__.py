@@ -58,8 +58,8 @@ def gsa(
     chosen = dispatch.choose("gsa", backend, (q, k, v, log_alpha))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     args = (q, k, v, log_alpha, scale, initial_state, output_final_state, cu_seqlens, visible)
-    # under a compiler torch's path is an operator too; by itself it can keep more for its backward pass
-    if chosen == "triton" or (chosen == "torch" and torch.compiler.is_compiling()):
+    # where it is watched torch's path is an operator too; by itself it can keep more for its backward pass
+    if chosen == "triton" or (chosen == "torch" and dispatch.watched(q)):
         return gsa_operator(*args, chosen)
     with dispatch.without_autocast(q.device):
         return gsa_naive(*args) if chosen == "naive" else gsa_chunk(*args)
