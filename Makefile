@@ -16,7 +16,7 @@ test: lint  ## ruff, mypy and pytest
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n auto --maxprocesses 8 -m "not gpu"
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
-	$(BIN)/pytest -q -m gpu
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 8 -m gpu
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,8 +2,12 @@
 
 import os
 import random
+from pathlib import Path
 
 import pytest
+import torch
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -12,3 +16,11 @@ def seed() -> int:
     drawn = int(os.environ.get("T2R_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"T2R_TEST_SEED={drawn}")
     return drawn
+
+
+def pytest_collection_modifyitems(items):
+    """On a GPU the tests that elsewhere run in Triton's interpreter or in torch are tests of the GPU's kernels."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent == HERE and item.path.name.startswith(("test_triton_", "test_compile")):
+                item.add_marker(pytest.mark.gpu)
