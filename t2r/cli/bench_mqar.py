@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 @click.option("--epochs", type=int, default=64, show_default=True)
 @click.option("--minutes", type=float, help="Per model; anneals and ends there if that is before the last epoch.")
 @click.option("--batch-size", type=int, default=256, show_default=True)
+@click.option(
+    "--short-conv",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Taps of a causal convolution before every mixer, softmax too; 0: none.",
+)
 @click.option("--warmup", type=int, default=0, show_default=True, help="Steps in which the learning rate rises.")
 @click.option("--random-filler", is_flag=True, help="Random tokens where nothing is asked; otherwise token 0.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Models trained at a time.")
@@ -29,13 +36,22 @@ if TYPE_CHECKING:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def command(
-    output: Path, mixers: str, widths: str, learning_rates: str, jobs: int, device: str, **settings: Any
+    output: Path,
+    mixers: str,
+    widths: str,
+    learning_rates: str,
+    short_conv: int,
+    jobs: int,
+    device: str,
+    **settings: Any,
 ) -> None:
     """Train models of two layers from scratch and write accuracy against width, the best learning rate of each.
 
     The defaults are the hardest setting of the GSA paper (arXiv 2409.07146): 512 tokens, 64 pairs. Every model is a
-    Mistral host with one head per 64 of width and no short convolution, its attention replaced; "softmax" is the
-    host's own. Example: t2r bench mqar --output runs/mqar --widths 128 --mixers "softmax gsa:style=paper gla retnet"
+    Mistral host with one head per 64 of width, its attention replaced; "softmax" is the host's own. A short
+    convolution lets a value see its key at once, as in Zoology's models; without one the first layer has to learn it.
+
+    Example: t2r bench mqar --output runs/mqar --widths 128 --short-conv 4 --mixers "softmax gsa:style=paper gla"
     """
     import functools
     import json
@@ -62,7 +78,7 @@ def command(
             build(spec, width, options.vocabulary, options.length, check_only=True)
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     results = sweep(
-        functools.partial(build, vocabulary=options.vocabulary, length=options.length),
+        functools.partial(build, vocabulary=options.vocabulary, length=options.length, short_conv=short_conv),
         specs,
         sizes,
         options,
@@ -72,7 +88,7 @@ def command(
     )
     best = best_results(results)
     record = {
-        "options": options.model_dump(),
+        "options": {**options.model_dump(), "short_conv": short_conv},
         "best": [result.model_dump() for result in best],
         "results": [result.model_dump() for result in results],
         "machine": machine(),
@@ -109,8 +125,9 @@ def trial_table(results: "Sequence[MqarResult]") -> str:
     return "\n".join(lines)
 
 
-def build(spec: str, width: int, vocabulary: int, length: int, *, check_only: bool = False) -> Any:
-    """An untrained model of two layers with the mixer that `spec` ("name:key=value,...") describes.
+def build(spec: str, width: int, vocabulary: int, length: int, *, short_conv: int = 0, check_only: bool = False) -> Any:
+    """An untrained model of two layers with the mixer that `spec` ("name:key=value,...") describes, behind a causal
+    convolution of `short_conv` taps.
 
     Raises:
         InputError: an unknown mixer or option, or a width that is no multiple of the head size.
@@ -136,6 +153,9 @@ def build(spec: str, width: int, vocabulary: int, length: int, *, check_only: bo
         num_key_value_heads=heads,
         head_dim=width // heads,
         max_position_embeddings=length,
+        # Of the order of 1 / sqrt(inputs). With transformers' 0.02 all gates of so narrow a model start alike, so all
+        # slots hold the same, and GSA needs many times the steps to tell them apart.
+        initializer_range=width**-0.5,
         sliding_window=None,
         tie_word_embeddings=True,
     )
@@ -144,4 +164,9 @@ def build(spec: str, width: int, vocabulary: int, length: int, *, check_only: bo
         options = parse_options({"name": name, **{key: yaml.safe_load(value) for key, value in values.items()}})
         config = student_config(host, assign_mixers(options, 2))
     with torch.device("meta" if check_only else "cpu"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    if short_conv and not check_only:
+        from t2r_evals.mqar import add_short_convolutions
+
+        add_short_convolutions(model, short_conv)
+    return model

@@ -4,6 +4,7 @@ A sequence lists K pairs of a key and a value, then asks for the keys again, mor
 the value at each. Small models are trained from scratch on it: accuracy against width shows what a mixer's state holds.
 """
 
+from t2r_evals.mqar.convolution import add_short_convolutions
 from t2r_evals.mqar.examples import Examples, MqarOptions, make_examples
 from t2r_evals.mqar.sweep import PAPER_LEARNING_RATES, best_results, draw, sweep
 from t2r_evals.mqar.training import MqarResult, accuracy, train
@@ -14,6 +15,7 @@ __all__ = [
     "MqarOptions",
     "MqarResult",
     "accuracy",
+    "add_short_convolutions",
     "best_results",
     "draw",
     "make_examples",
