@@ -209,6 +209,8 @@ def _measure_one(
         batch_size=recipe.evaluate.batch_size,
         max_length=recipe.evaluate.max_length,
         offline_root=Path(recipe.evaluate.offline_root) if recipe.evaluate.offline_root else None,
+        recall_lengths=tuple(recipe.evaluate.recall_lengths),
+        recall_items=recipe.evaluate.recall_items,
         contexts=tuple(recipe.evaluate.speed_contexts),
         largest_batch=recipe.evaluate.largest_batch,
         seed=recipe.seed,

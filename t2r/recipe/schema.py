@@ -78,6 +78,8 @@ class Evaluate(Section):
     limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="examples per task; null: all")
     batch_size: Annotated[int, Field(gt=0)] = Field(default=8, description="sequences at a time; changes no result")
     max_length: Count = Field(default=2048, description="context for tasks, in tokens; longer prompts are cut, counted")
+    recall_lengths: list[Count] = Field(default=[512, 1024, 2048], description="for the suite synthetic, in tokens")
+    recall_items: Annotated[int, Field(gt=0)] = Field(default=10, description="the same, per length and depth")
     speed_contexts: list[Count] = Field(default=[], description="prompt lengths at which speed is measured, in tokens")
     largest_batch: Annotated[int, Field(gt=0)] = Field(
         default=1, description="on a GPU, speed also at the largest batch up to this that fits"
