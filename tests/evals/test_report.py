@@ -57,6 +57,14 @@ def test_tasks_have_a_sentence_and_an_average(report: schema.Report) -> None:
     assert "| average of 2 | – | – | – | 12.5 | 82.5 | 45.0 | 27.5 | 30.0 | 46.4 |" in told
 
 
+def test_a_hybrid_is_not_said_to_keep_its_memory_at_any_length(report: schema.Report) -> None:
+    assert "keeps 2 MiB of state per sequence at any length" in render_markdown(report)
+    teacher, student, *_ = report.results
+    results = [teacher, student.model_copy(update={"kv_bytes_per_token": 1024})]
+    told = render_markdown(report.model_copy(update={"results": results}))
+    assert "keeps 2 MiB of state per sequence and 1 KiB per token, where softmax layers stayed; the" in told
+
+
 def test_a_student_that_loses_to_a_control_is_told_so(report: schema.Report) -> None:
     teacher, student, *_ = report.results
     same = student.model_copy(update={"name": "window only", "role": "control"})

@@ -28,9 +28,12 @@ def comparison_of(
 
 
 def averaged_tasks(report: Report) -> list[str]:
-    """Tasks that every model with tasks has, with a primary metric that is a share: what an average is taken over."""
+    """Tasks that every model with tasks has, with a primary metric that is a share: what an average is taken over. The
+    made-up look-up tasks stay out; length and depth decide what they give."""
     models = [r for r in report.results if r.tasks]
-    shared = [name for name in (models[0].tasks if models else []) if all(name in r.tasks for r in models)]
+    made_up = {point.task for r in models for point in r.recall}
+    names = [name for name in (models[0].tasks if models else []) if name not in made_up]
+    shared = [name for name in names if all(name in r.tasks for r in models)]
     metrics = {name: [r.tasks[name].metrics[r.tasks[name].primary] for r in models] for name in shared}
     return [name for name in shared if all(m.higher_is_better and m.value <= 1 for m in metrics[name])]
 

@@ -54,7 +54,8 @@ def tiles(report: Report) -> list[Tile]:
     distance = facts.excess(student, teacher)
     if distance is not None:
         found.append(Tile(f.signed(distance), "nats per token against the teacher"))
-    shares = [c.recovered for c in report.comparisons or [] if c.model == student.name and c.recovered is not None]
+    pairs = [facts.comparison_of(report, student, name) for name in student.tasks]
+    shares = [pair.recovered for pair in pairs if pair is not None and pair.recovered is not None]
     if shares:
         found.append(
             Tile(
@@ -66,7 +67,12 @@ def tiles(report: Report) -> list[Tile]:
         found.append(Tile(f.count(facts.trained_tokens(report)), "training tokens"))
         found.append(Tile(f.duration(sum(stage.seconds for stage in report.stages)), "training time"))
     if student.state_bytes:
-        found.append(Tile(f.size(student.state_bytes), "state per sequence, at any length"))
+        found.append(
+            Tile(
+                f.size(student.state_bytes),
+                "state per sequence" + (", beside a KV cache" if student.kv_bytes_per_token else ", at any length"),
+            )
+        )
     cross = facts.crossover(student, teacher)
     if cross is not None:
         found.append(Tile(f"{cross:,}", "tokens from which it needs less memory"))

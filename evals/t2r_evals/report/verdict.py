@@ -34,8 +34,10 @@ def verdict(report: Report) -> list[str]:
     for student in students[:1]:
         cross = facts.crossover(student, teacher)
         if cross is not None and student.state_bytes is not None:
+            grows = student.kv_bytes_per_token
+            length = f"and {f.size(grows)} per token, where softmax layers stayed" if grows else "at any length"
             said.append(
-                f"{_subject(student)} keeps {f.size(student.state_bytes)} of state per sequence at any length; "
+                f"{_subject(student)} keeps {f.size(student.state_bytes)} of state per sequence {length}; "
                 f"the teacher's KV cache is larger from {cross:,} tokens on."
             )
         said += idle_components(student)
