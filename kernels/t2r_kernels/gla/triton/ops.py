@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ... import dispatch
 from ...gsa.triton.common import Chunks, find_chunks
 from . import launch
 from .backward import gated_gradients, plain_gradient
@@ -144,7 +145,7 @@ def gla_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `t2r_kernels.gla`; k and v are brought to q's dtype. Deterministic: no atomics."""
     # Without gradients, and where nothing watches operators, the operator's own cost is left out.
-    plain = type(q) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    plain = not torch.is_grad_enabled() and not dispatch.watched(q)
     o, final = (_forward if plain else gla_forward)(
         q, k.to(q.dtype), v.to(q.dtype), log_decay, write, initial_state, cu_seqlens, gate or "none", float(scale),
         output_final_state,
