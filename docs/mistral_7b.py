@@ -1,4 +1,4 @@
-"""Write the tables of docs/mistral-7b.md from what `t2r bench train --output` and `t2r bench decode --output` measured.
+"""Write the tables of docs/mistral-7b.md from what `t2r bench train --output` measured.
 
 python docs/mistral_7b.py [--price 3.5]      # reads docs/mistral-7b/*.json and the shipped recipes
 """
@@ -15,6 +15,7 @@ from t2r.recipe import load_recipe
 
 PAGE = Path(__file__).parent / "mistral-7b.md"
 FOLDER = Path(__file__).parent / "mistral-7b"
+CURVES = "curves.json"
 RECIPES = ("gsa-mistral-7b-lora", "gsa-mistral-7b", "gsa-mistral-7b-paper")
 GPUS = (1, 8, 64)
 Row = dict[str, Any]
@@ -24,7 +25,7 @@ def measured() -> Iterator[Row]:
     """Every row of every file, with the run's own facts."""
     for path in sorted(FOLDER.glob("*.json")):
         record = json.loads(path.read_text())
-        for row in record.get("rows", []):
+        for row in record["rows"] if path.name != CURVES else []:
             facts = {key: record[key] for key in ("processes", "machine", "versions", "matrix_flops_per_second")}
             yield {**row, **facts, "gather": record["options"].get("gather"), "layers": record["options"]["layers"]}
 
@@ -89,7 +90,7 @@ def fused(rows: list[Row]) -> list[str]:
 
 
 def costs(rows: list[Row], price: float) -> list[str]:
-    """Hours and cost of each recipe; a stage's rate is that of its own row length."""
+    """Hours and cost of each recipe, a stage's rate measured at its own row length or the nearest there is."""
     scaling = efficiency(rows)
     if math.isnan(scaling):
         return ["Not measured yet: two GPUs."]
@@ -100,31 +101,32 @@ def costs(rows: list[Row], price: float) -> list[str]:
         total = dict.fromkeys(GPUS, 0.0)
         for stage in recipe.stages:
             train = "lora" if stage.adapter else "full"
-            row = pick(
-                rows, stage=stage.kind, train=train, length=stage.sequence_length, processes=1, layers=None, fused=True
-            )
+            lengths = {row["length"] for row in rows if row["stage"] == stage.kind and row["train"] == train}
+            length = min(lengths, key=lambda found: abs(found - stage.sequence_length), default=0)
+            row = pick(rows, stage=stage.kind, train=train, length=length, processes=1, layers=None, fused=True)
             if row is None:
                 lines.append(f"| {name}, {stage.kind} | {stage.tokens / 1e6:,.0f}M | not measured | | | |")
                 total = dict.fromkeys(GPUS, float("nan"))
                 continue
             cells = []
             for gpus in GPUS:
-                rate = row["tokens_per_second"] * gpus * (scaling if gpus > 1 else 1)
-                hours = stage.tokens / rate / 3600
+                hours = stage.tokens / row["tokens_per_second"] / gpus / (scaling if gpus > 1 else 1) / 3600
                 total[gpus] += hours
                 few = stage.batch_tokens < gpus * row["micro_batch_size"] * row["length"]
-                cells.append(f"{hours:,.1f} h{' *' if few else ''}")
-            lines.append(
-                f"| {name}, {stage.kind} | {stage.tokens / 1e6:,.0f}M | {row['tokens_per_second']:,.0f} | "
-                f"{' | '.join(cells)} |"
-            )
-        cells = [f"**{total[gpus]:,.1f} h, ${total[gpus] * gpus * price:,.0f}**" for gpus in GPUS]
+                cells.append(f"{_hours(hours)}{' *' if few else ''}")
+            rate = f"{row['tokens_per_second']:,.0f}, rows of {length:,}"
+            lines.append(f"| {name}, {stage.kind} | {stage.tokens / 1e6:,.0f}M | {rate} | {' | '.join(cells)} |")
+        cells = [f"**{_hours(total[gpus])}, ${total[gpus] * gpus * price:,.0f}**" for gpus in GPUS]
         lines.append(f"| **{name}** | {sum(s.tokens for s in recipe.stages) / 1e6:,.0f}M | | {' | '.join(cells)} |")
     return lines
 
 
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+
+
 def efficiency(rows: list[Row]) -> float:
-    """Tokens/s of two GPUs over twice those of one, same batch for each."""
+    """Tokens/s of two GPUs over twice those of one, the same batch for each and the recipes' fp32 gathered."""
     wanted = {
         "stage": "finetune",
         "train": "full",
@@ -133,30 +135,20 @@ def efficiency(rows: list[Row]) -> float:
         "fused": True,
         "micro_batch_size": 8,
     }
-    one, two = (pick(rows, processes=n, gradient_checkpointing=True, **wanted) for n in (1, 2))
+    one, two = (pick(rows, processes=n, gradient_checkpointing=True, gather="fp32", **wanted) for n in (1, 2))
     return two["tokens_per_second"] / one["tokens_per_second"] / 2 if one and two else float("nan")
 
 
-def decoding() -> list[str]:
-    lines = ["| context | batch | teacher, tokens/s | student, tokens/s | | teacher's cache | student's state |"]
-    lines += ["|---:|---:|---:|---:|---:|---:|---:|"]
-    path = FOLDER / "decode.json"
-    models = json.loads(path.read_text())["models"] if path.is_file() else {"teacher": [], "student": []}
-    points = {name: {(p["context"], p["batch"]): p for p in rows} for name, rows in models.items()}
-    for key, student in points["student"].items():
-        teacher = points["teacher"].get(key)
-        if teacher:
-            rates = [p["decode_tokens_per_second"] for p in (teacher, student)]
-            sizes = [f"{p['state_bytes'] / 2**20:,.0f} MiB" for p in (teacher, student)]
-            lines.append(
-                f"| {key[0]:,} | {key[1]} | {rates[0]:,.0f} | {rates[1]:,.0f} | {rates[1] / rates[0]:.2f} x "
-                f"| {sizes[0]} | {sizes[1]} |"
-            )
-        else:
-            lines.append(
-                f"| {key[0]:,} | {key[1]} | does not fit | {student['decode_tokens_per_second']:,.0f} | | | "
-                f"{student['state_bytes'] / 2**20:,.0f} MiB |"
-            )
+def curves() -> list[str]:
+    """Runs of docs/mistral-7b/fsdp.yaml, each beside the same stage and precision on one GPU."""
+    lines = ["| precision | stage | run | validation loss | largest relative difference of a step's loss |"]
+    lines += ["|---|---|---|---:|---:|"]
+    for run in json.loads((FOLDER / CURVES).read_text()):
+        difference = run["largest_relative_difference"]
+        lines.append(
+            f"| {run['precision']} | {run['stage']} | {run['run']} | {run['validation_loss']:.4f} "
+            f"| {f'{difference:.1e}' if difference else ''} |"
+        )
     return lines
 
 
@@ -185,7 +177,7 @@ def main() -> None:
         "price": [
             f"A GPU-hour is taken as ${price:.2f}. Two GPUs reached {efficiency(rows):.3f} of twice one GPU's rate."
         ],
-        "decode": decoding(),
+        "curves": curves(),
     }
     page = PAGE.read_text()
     for name, lines in tables.items():

@@ -64,6 +64,8 @@ def measure_stage(
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # a frozen matrix was drawn in float32
     clock = _Clock(device, warmup, stage.steps - (profile is not None), profile)
     with tempfile.TemporaryDirectory() as folder, objective.installed(student):
         trainer = StageTrainer(
