@@ -33,6 +33,7 @@ def render_html(report: Report) -> str:
             "language": tables.language_table(report),
             "tasks": tables.task_table(report),
             "comparison": tables.comparison_table(report),
+            "controls": tables.control_comparison_table(report),
             "components": tables.component_table(report),
             "size": tables.size_table(report),
             "speed": tables.speed_table(report),

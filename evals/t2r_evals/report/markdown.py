@@ -29,6 +29,9 @@ def render_markdown(report: Report) -> str:
     section("Result", [tables.run_table(report), tables.language_table(report)], "verdict")
     section("Tasks", [tables.task_table(report)], "tasks")
     section("Paired comparison", [tables.comparison_table(report)])
+    if (controls := tables.control_comparison_table(report)) is not None:
+        title = "The controls against the teacher, and the student against the controls"
+        parts += [f"<details><summary>{title}</summary>", "", *_table(controls), "", "</details>", ""]
     section("Recall by length and depth", [], "recall")
     section("Loss by position", [], "position")
     section("Components", [tables.component_table(report)])

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from t2r_evals.report import facts
 from t2r_evals.report import formats as f
-from t2r_evals.schema import ModelResult, Report
+from t2r_evals.schema import Comparison, ModelResult, Report, Role
+
+_MAIN: tuple[Role, Role] = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,28 @@ def _score(result: ModelResult, task: str) -> Cell:
 
 
 def comparison_table(report: Report) -> Table | None:
-    """Every paired comparison."""
-    if not report.comparisons:
+    """The students against the teacher, item by item."""
+    return _comparisons(report, _split(report)[0])
+
+
+def control_comparison_table(report: Report) -> Table | None:
+    """Every other paired comparison: the controls against the teacher, the students against the controls."""
+    return _comparisons(report, _split(report)[1])
+
+
+def _split(report: Report) -> tuple[list[Comparison], list[Comparison]]:
+    students, teachers = ({result.name for result in report.by_role(role)} for role in _MAIN)
+    found = report.comparisons or []
+    main = [c for c in found if c.model in students and c.baseline in teachers]
+    return main, [c for c in found if c not in main]
+
+
+def _comparisons(report: Report, comparisons: list[Comparison]) -> Table | None:
+    if not comparisons:
         return None
     teachers = {result.name for result in report.by_role("teacher")}
     rows = []
-    for c in report.comparisons:
+    for c in comparisons:
         is_share = c.measurement != "language" and 0 <= c.baseline_value <= 1 and 0 <= c.model_value <= 1
         scale, show = (100.0, "{:+.1f}") if is_share else (1.0, "{:+.3f}")
         interval = f"{show.format(scale * c.low)} to {show.format(scale * c.high)}" if c.items > 1 else f.BLANK
