@@ -69,6 +69,14 @@ def test_every_group_in_bf16(side, group, seed):
     check(side, gla_inputs(side, "mild", seed, tokens=100, dtype=torch.bfloat16, **sizes), seed)
 
 
+@pytest.mark.parametrize("group", [1, 2, 8])
+@pytest.mark.parametrize("width", [32, 128, 256])
+@pytest.mark.parametrize("side", ["key", "value", "scalar"])
+def test_groups_and_sizes_in_bf16(side, width, group, seed):
+    sizes = {"dim_k": width, "dim_v": width, "group": group}
+    check(side, gla_inputs(side, "mild", seed, tokens=100, dtype=torch.bfloat16, **sizes), seed)
+
+
 @pytest.mark.parametrize("group", [1, 2, 20])
 @pytest.mark.parametrize("side", ["key", "value", "scalar"])
 def test_groups_in_float32(side, group, seed):
@@ -79,7 +87,8 @@ def test_groups_in_float32(side, group, seed):
 @pytest.mark.parametrize("tokens", [1, 2, 15, 63, 64, 65, 1000, 4097])
 @pytest.mark.parametrize("side", ["key", "value", "scalar"])
 def test_lengths_and_gates_in_bf16(side, tokens, gate, seed):
-    sizes = {"dim_k": 64, "dim_v": 64, "group": 4, "batch": 1}
+    # Of one token there are few numbers, and tolerance is set by their average: more sequences.
+    sizes = {"dim_k": 64, "dim_v": 64, "group": 4, "batch": 16 if tokens < 3 else 1}
     check(side, gla_inputs(side, gate, seed, tokens=tokens, dtype=torch.bfloat16, **sizes), seed)
 
 
@@ -107,7 +116,7 @@ def test_many_documents(side, seed):
     upstream = torch.randn_like(o)
     got = dict(zip(x, torch.autograd.grad(o, leaves, upstream), strict=True))
     exact = dict(zip(x, torch.autograd.grad(alone, list(last.values()), upstream[:, -40:].double()), strict=True))
-    compare({name: y[:, -40:] for name, y in got.items()}, exact, 1.5e-2)
+    compare({name: y[:, -40:] for name, y in got.items()}, {name: y.cpu() for name, y in exact.items()}, 1.5e-2)
     assert all(torch.isfinite(y).all() for y in got.values())
 
 
@@ -202,4 +211,4 @@ def test_steps_in_a_cuda_graph_continue_a_prefill(side, group, dim_k, dim_v, see
         graph.replay()
         outputs.append(o.clone())
     got = {"o": torch.stack(outputs, 1), "final": state}
-    compare(got, {"o": want[:, 20:], "final": wanted}, TOLERANCE[torch.bfloat16])
+    compare(got, {"o": want[:, 20:].cpu(), "final": wanted.cpu()}, TOLERANCE[torch.bfloat16])

@@ -20,7 +20,6 @@ PIECE_BYTES = 16 << 20  # of the decays of one piece
 PIECE_BYTES_GPU = 256 << 20
 
 
-@torch.compiler.disable
 def gla_chunk(
     q: Tensor,
     k: Tensor,
