@@ -24,7 +24,7 @@ from t2r_kernels import gsa, gsa_step
 HQ, H, D, M = 32, 8, 128, 64  # Mistral-7B's heads, 64 slots
 SHAPES = ((16, 2048), (4, 8192), (1, 32768), (1, 2048))
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-TOLERANCE = 1.5e-2
+TOLERANCE = 2e-2  # of bf16 in one draw: PyTorch's attention was seen at 1.7e-2
 # Matrix products of one token and key/value head, as counted in kernels/README.md.
 FORWARD_FLOP = (HQ // H) * 4 * D * M + 4 * D * M + 2 * (HQ // H) * 16 * (2 * D + 2 * M)
 BACKWARD_FLOP = FORWARD_FLOP * 3

@@ -62,6 +62,8 @@ def gla(
     chosen = _choose(backend, q, k, v)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     run = {"naive": gla_naive, "torch": gla_chunk, "triton": _gla_triton}[chosen]
+    if chosen == "torch" and torch.compiler.is_compiling():
+        run = torch.compiler.disable(gla_chunk)  # here and not at its definition: torch would import its compiler
     with dispatch.without_autocast(q.device):
         return run(q, k, v, log_decay, gate, write, scale, initial_state, output_final_state, cu_seqlens)
 

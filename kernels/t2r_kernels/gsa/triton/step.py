@@ -20,8 +20,7 @@ from .launch import launch
 LANES = tl.constexpr(32)
 VECTOR = tl.constexpr(4)  # neighbouring columns of one thread: 16 bytes
 LOWEST = tl.constexpr(-1e30)  # running maximum before the first score; not -inf, whose difference would be NaN
-WARPS = 4
-AHEAD = 2
+WARPS = 2  # of one program; measured on one H200, where four or eight are slower at every batch from 64 on
 
 
 @triton.jit
@@ -41,7 +40,7 @@ def load_slice(state, slot, d, WIDTH: tl.constexpr, M: tl.constexpr):
 def step_kernel(
     q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, G, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BLOCKS_K: tl.constexpr,
-    BLOCKS_V: tl.constexpr, LIMITED: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCKS_V: tl.constexpr, LIMITED: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One (sequence, key/value head)."""
     pid = tl.program_id(0).to(tl.int64)
@@ -55,10 +54,7 @@ def step_kernel(
     e = columns(WARPS, SLOTS, 1, BLOCKS_V)
     own = tl.arange(0, WARPS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
     slot = own[None, :, :, None, None, None]
-    if AHEAD >= 1:
-        next_k = load_slice(state_k, slot, d, D, M)
-    if AHEAD >= 2:
-        next_v = load_slice(state_v, slot, e, V, M)
+    next_k = load_slice(state_k, slot, d, D, M)
     one = columns(WARPS, 1, 1, BLOCKS_K)
     kb = tl.load(k + pid * D + one, mask=one < D, other=0.0).to(tl.float32)
     one = columns(WARPS, 1, 1, BLOCKS_V)
@@ -75,16 +71,8 @@ def step_kernel(
     for first in range(0, M, WARPS * SLOTS):
         m = first + slot
         after = m + WARPS * SLOTS
-        if AHEAD >= 1:
-            old_k = next_k
-        else:
-            old_k = load_slice(state_k, m, d, D, M)
-        if AHEAD >= 2:
-            old_v = next_v
-            next_k = load_slice(state_k, after, d, D, M)
-            next_v = load_slice(state_v, after, e, V, M)
-        else:
-            old_v = load_slice(state_v, m, e, V, M)
+        old_k = next_k
+        old_v = load_slice(state_v, m, e, V, M)  # while K is worked on; K's next slice while V is
         x = tl.load(log_alpha + m, mask=m < M, other=0.0).to(tl.float32) * 1.4426950408889634
         alpha = tl.exp2(x)
         w = write_weight(tl.maximum(x, -512.0))
@@ -97,8 +85,7 @@ def step_kernel(
         fade = tl.exp2(highest - higher)
         total = total * fade + tl.sum(p, 1)
         highest = higher
-        if AHEAD == 1:
-            next_k = load_slice(state_k, after, d, D, M)
+        next_k = load_slice(state_k, after, d, D, M)
         new_v = old_v * alpha + w * vb
         tl.store(state_v + m * V + e, new_v, mask=(m < M) & (e < V))
         acc = acc * fade[None, :, :, None, None] + tl.sum(p[None, :, :, :, None, None] * new_v, 2)
@@ -113,7 +100,7 @@ def step_kernel(
 
 def slots_of_a_warp(heads: int, blocks: int) -> int:
     """In one slice: as many as registers allow beside the queries and the output of all heads."""
-    return 2 if heads * blocks <= 8 else 1
+    return max(1, min(4, 32 // (heads * blocks)))
 
 
 def gsa_step_triton(
@@ -142,6 +129,6 @@ def gsa_step_triton(
     launch(
         step_kernel, (B * H, 1, 1),
         q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, HQ // H, scale * LOG2E, D, V, M, heads, *blocks,
-        visible is not None, WARPS, slots_of_a_warp(heads, sum(blocks)), AHEAD, num_warps=WARPS,
+        visible is not None, WARPS, slots_of_a_warp(heads, sum(blocks)), num_warps=WARPS,
     )  # fmt: skip
     return o
