@@ -30,17 +30,23 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
 
     import torch
 
+    from t2r.model import load
     from t2r.publish import write_whole
+    from t2r.train.speed import random_model
     from t2r_evals.provenance import machine, versions
     from t2r_evals.speed import measure_speed
 
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    configs = {} if models else _configs(options)
     contexts = [int(length) for length in options["contexts"].split(",")]
     record: dict[str, Any] = {"options": options, "machine": machine(), "versions": versions(), "models": {}}
     click.echo(f"{machine().get('GPU', 'CPU')}, torch {torch.__version__}")
     click.echo("model    context  batch  decode tokens/s  first token    cache MiB   peak GiB")
-    for name in models or ("teacher", "student"):
-        model = _load(name, options, target) if models else _random(name, options, target)
+    for name in models or configs:
+        if models:
+            model = load(name, dtype=getattr(torch, options["dtype"]), device=str(target))[0]
+        else:
+            model = random_model(configs[name], getattr(torch, options["dtype"]), target).eval()
         points = measure_speed(
             model,
             contexts,
@@ -63,22 +69,10 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
         write_whole(output, json.dumps(record, indent=1) + "\n")
 
 
-def _load(name: str, options: dict[str, Any], device: Any) -> Any:
-    import torch
-
-    from t2r.model import load
-
-    return load(name, dtype=getattr(torch, options["dtype"]), device=str(device))[0]
-
-
-def _random(role: str, options: dict[str, Any], device: Any) -> Any:
-    import torch
-
+def _configs(options: dict[str, Any]) -> dict[str, Any]:
+    """Of a teacher and its student."""
     from t2r.model import assign_mixers, parse_options, student_config
-    from t2r.train.speed import random_model
 
-    config = bench_config.host(options["config"], options["layers"])
-    if role == "student":
-        mixers = assign_mixers(parse_options(bench_config.mixer(options["mixer"])), config.num_hidden_layers)
-        config = student_config(config, mixers)
-    return random_model(config, getattr(torch, options["dtype"]), device).eval()
+    host = bench_config.host(options["config"], options["layers"])
+    mixers = assign_mixers(parse_options(bench_config.mixer(options["mixer"])), host.num_hidden_layers)
+    return {"teacher": host, "student": student_config(host, mixers)}

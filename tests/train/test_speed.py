@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig
 
 from t2r.cli.bench import command
+from t2r.errors import InputError
 from t2r.recipe import Recipe, parse_recipe
 from t2r.train import speed
 from t2r.train.flops import training_flops
@@ -119,3 +120,27 @@ def test_a_row_that_does_not_fit_says_so_and_the_next_is_tried(monkeypatch: pyte
     assert [line.split()[3] for line in lines] == ["4", "2", "1"]
     assert [line.split("does not fit: ")[1:] for line in lines[:2]] == [["CUDA out of memory"]] * 2
     assert "does not fit" not in lines[2]
+
+
+def test_decoding_is_timed_for_student_and_teacher(tmp_path: Path) -> None:
+    MistralConfig(**HOST).save_pretrained(tmp_path)
+    options = ["--config", str(tmp_path), "--mixer", "gsa:slots=8,sinks=2", "--contexts", "16,64", "--tokens", "3"]
+    options += ["--repeats", "1", "--dtype", "float32", "--output", str(tmp_path / "decode.json")]
+    ended = CliRunner().invoke(command, ["decode", *options], catch_exceptions=False)
+    assert ended.exit_code == 0
+    models = json.loads((tmp_path / "decode.json").read_text())["models"]
+    teacher, student = ([point["state_bytes"] for point in models[name]] for name in ("teacher", "student"))
+    assert student[0] == student[1] == 2 * 2 * 2 * 8 * 8 * 4  # layers, K and V, heads, slots, dim, float32
+    assert teacher[1] > teacher[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--config", "nowhere"], "--config nowhere: neither mistral-7b nor a folder with a config.json"),
+        (["--mixer", "gsa:slots"], "'slots' is no key=value"),
+    ],
+)
+def test_wrong_options_are_one_line(options: list[str], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        CliRunner().invoke(command, ["decode", "--layers", "1", *options], catch_exceptions=False)
