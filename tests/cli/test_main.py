@@ -108,7 +108,7 @@ def test_run_from_teacher_to_report_and_again(tmp_path):
     assert weights.stat().st_mtime_ns == written
     assert again.stderr.count("kept") == 7  # two conversions, the student, four measurements
 
-    other = t2r("run", "demo", "output=run", *SMALL, "mixer.slots=32", cwd=tmp_path)
+    other = t2r("run", "demo", "output=run", *SMALL, "mixer.0.slots=32", cwd=tmp_path)
     assert other.returncode == 2
     assert "another recipe" in other.stderr
 

@@ -153,7 +153,7 @@ def test_the_command_writes_a_recipe_that_runs(t2r, tmp_path):
     line = [
         "select-layers",
         "demo",
-        "mixer.slots=16",
+        "mixer={name: gsa, slots: 16}",
         "--keep",
         "1",
         "--slots",
@@ -185,7 +185,7 @@ def test_the_command_writes_a_recipe_that_runs(t2r, tmp_path):
     [
         (["demo", "--keep", "6"], "keep: 6 layers, must be between 1 and 5"),
         (["demo", "mixer={name: gla}", "--slots", "16"], "mixer gla has none"),
-        (["demo", "--slots", "8"], "must be at least 16"),
+        (["demo", "mixer={name: gsa}", "--slots", "8"], "must be at least 16"),
         (["demo", "mixer=[{name: gsa, layers: 0}, {name: gla, layers: 1}]", "--slots", "64"], "has 2 mixers"),
     ],
 )
@@ -214,7 +214,9 @@ def test_run_reports_the_start_when_the_recipe_asks(embedded_teacher, tmp_path, 
     from t2r.cli.run import convert_student
     from t2r.recipe import RunFolder
 
-    recipe = load_recipe("demo", [f"output={tmp_path}", "mixer.layers=5", "calibrate={windows: 1, window: 128}"])
+    recipe = load_recipe(
+        "demo", [f"output={tmp_path}", "mixer={name: gsa, layers: 5}", "calibrate={windows: 1, window: 128}"]
+    )
     convert_student(recipe, RunFolder(recipe))
     report = json.loads((tmp_path / "converted" / "conversion.json").read_text())["calibration"]
     assert report["tokens"] == 128
