@@ -292,8 +292,14 @@ def describe_conversion(recipe: "Recipe", folder: "RunFolder") -> "Conversion":
 
 
 def _one_line(mixer: "MixerOptions") -> str:
-    options = {key: value for key, value in mixer.stored().items() if key != "name"}
-    return ", ".join([mixer.name, *(f"{key} {value}" for key, value in options.items()), f"layers {mixer.layers}"])
+    """Its name, style and size, and whatever is not as usual for them."""
+    from t2r.model.mixers import parse_options
+
+    stored = mixer.stored()
+    chosen: dict[str, Any] = {key: stored[key] for key in ("name", "style", "map", "slots") if key in stored}
+    usual = parse_options(chosen).stored()
+    told = [f"{key} {value}" for key, value in stored.items() if key in chosen or value != usual[key]]
+    return ", ".join([mixer.name, *told[1:], f"layers {mixer.layers}"])
 
 
 def summary(report: "Report", folder: "RunFolder", seconds: float) -> str:

@@ -1,14 +1,17 @@
 """gla and gla_step in torch, against the recurrent definition in float64, and gsa as two calls of gla."""
 
+import importlib
 import itertools
 
 import pytest
 import torch
 
-from t2r_kernels import gla, gla_step, gsa
+from t2r_kernels import dispatch, gla, gla_step, gsa
 from t2r_kernels.gla import chunk
 
 from .cases import DOCUMENTS, GATES, LENGTHS, LONG, bounds, compare, draw, gsa_inputs, reference, run
+
+gla_module = importlib.import_module("t2r_kernels.gla")  # the name is the function's in the package above it
 
 SIDES = ("key", "value", "scalar", None)
 FLOAT32 = 2e-5
@@ -218,3 +221,20 @@ def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match="gla") as error:
         gla(**(inputs | {"gate": "key"} | change))
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "backend", "chosen"),
+    [
+        (2, torch.bfloat16, "auto", "torch"),
+        (2, torch.float16, "auto", "torch"),
+        (2, torch.bfloat16, "triton", "triton"),
+        (2, torch.float32, "auto", "triton"),
+        (4, torch.bfloat16, "auto", "triton"),
+    ],
+)
+def test_auto_leaves_what_no_gpu_has_verified_to_torch(monkeypatch, heads, dtype, backend, chosen):
+    """q of `heads` heads over two key/value heads, on a machine where triton would be taken."""
+    monkeypatch.setattr(dispatch, "choose", lambda *_: "triton")
+    q, k = (torch.zeros(1, 3, n, 16, dtype=dtype) for n in (heads, 2))
+    assert gla_module._choose(backend, q, k, k) == chosen
