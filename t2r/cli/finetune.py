@@ -33,12 +33,16 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str, dry_run: 
     from t2r.publish import verify_manifest
     from t2r.resources import resolve
     from t2r.train import finetune, processes
+    from t2r.train.documents import check_sources
 
     folder = RunFolder(recipe)
     state = processes()
     if state.is_main_process:
+        unconverted = verify_manifest(folder.converted)
+        if unconverted:
+            check_sources(recipe.data)
         folder.claim()
-        if verify_manifest(folder.converted):
+        if unconverted:
             convert(
                 resolve(recipe.model.source),
                 folder.converted,

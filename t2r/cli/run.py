@@ -36,6 +36,7 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     """
     from t2r.recipe import RunFolder, load_recipe
     from t2r.train import is_finished
+    from t2r.train.documents import check_sources
     from t2r_evals.harness import check_data, check_tasks
 
     started = time.monotonic()
@@ -47,6 +48,7 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     folder = RunFolder(recipe)
     finetuned = teacher_finetuned(recipe, folder) if "teacher-finetuned" in controls else None
     if not is_finished(recipe):
+        check_sources(recipe.data)
         offline_root = recipe.evaluate.offline_root
         check_data(recipe.evaluate.suites, recipe.evaluate.tasks, Path(offline_root) if offline_root else None)
     folder.claim()

@@ -45,7 +45,7 @@ def command(
     is KL(teacher || student) in nats per token. Any teacher: model.source=MODEL data.source=TEXT.
     """
     from t2r.convert.calibrate import Probe, calibration_windows
-    from t2r.convert.select import grouped, keep_layers, place_slots, rank, with_slots, without
+    from t2r.convert.select import check_keep, check_slots, grouped, keep_layers, place_slots, rank, with_slots, without
     from t2r.errors import InputError
     from t2r.model import assign_mixers, load
     from t2r.recipe import load_recipe
@@ -57,6 +57,8 @@ def command(
         raise InputError(f"--write {write}: exists; name another file")
     if slots is not None and len(recipe.mixer) > 1:
         raise InputError(f"--slots: the recipe has {len(recipe.mixer)} mixers; slots are placed for one")
+    if slots is not None:
+        check_slots(recipe.mixer[0], slots)
     documents = stream_documents(open_source(recipe.data))
     teacher, tokenizer = load(
         resolve(recipe.model.source), dtype=recipe.model.dtype if dtype == "recipe" else dtype, device=device
@@ -64,6 +66,8 @@ def command(
     ids = calibration_windows(documents, tokenizer, windows=windows, window=window)
     probe = Probe(teacher, ids, seed=recipe.seed)
     entries = assign_mixers(recipe.mixer, probe.layers)
+    if keep:
+        check_keep(entries, keep)
     _show_ranking(probe, rank(probe, entries), entries)
     kept: list[int] = []
     if keep:

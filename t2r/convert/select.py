@@ -49,9 +49,7 @@ def keep_layers(
     Raises:
         InputError: `keep` is not below the number of converted layers.
     """
-    candidates = [layer for layer, entry in enumerate(entries) if entry is not None]
-    if not 0 < keep < len(candidates):
-        raise InputError(f"keep: {keep} layers, must be between 1 and {len(candidates) - 1}")
+    candidates = check_keep(entries, keep)
     if method == "kl":
         return sorted(score.layer for score in rank(probe, entries)[:keep])
     kept: list[int] = []
@@ -61,6 +59,18 @@ def keep_layers(
         kept.append(best)
         tell(f"layer {best} back to softmax: KL {scores[best].kl:.4f}, loss {scores[best].loss:.4f}")
     return sorted(kept)
+
+
+def check_keep(entries: Sequence[Entry], keep: int) -> list[int]:
+    """The converted layers, of which `keep` can stay softmax.
+
+    Raises:
+        InputError: `keep` is not below their number.
+    """
+    candidates = [layer for layer, entry in enumerate(entries) if entry is not None]
+    if not 0 < keep < len(candidates):
+        raise InputError(f"keep: {keep} layers, must be between 1 and {len(candidates) - 1}")
+    return candidates
 
 
 def without(entries: Sequence[Entry], layers: Sequence[int]) -> list[Entry]:
@@ -79,10 +89,7 @@ def place_slots(probe: Probe, options: MixerOptions, *, slots: int, tell: Told =
     Raises:
         InputError: a mixer without slots, or too few of them.
     """
-    if not hasattr(options, "slots"):
-        raise InputError(f"slots: mixer {options.name} has none to place")
-    if slots < _SMALLEST:
-        raise InputError(f"slots: a mean of {slots}, must be at least {_SMALLEST}")
+    check_slots(options, slots)
     layers = [i for i, entry in enumerate(assign_mixers(options, probe.layers)) if entry is not None]
     budget, most = slots * len(layers), 4 * slots
 
@@ -123,6 +130,17 @@ def place_slots(probe: Probe, options: MixerOptions, *, slots: int, tell: Told =
             return [placed.get(layer) for layer in range(probe.layers)]
         placed = best
         tell(_told(placed, score(placed)))
+
+
+def check_slots(options: MixerOptions, slots: int) -> None:
+    """
+    Raises:
+        InputError: a mixer without slots, or too few of them.
+    """
+    if not hasattr(options, "slots"):
+        raise InputError(f"slots: mixer {options.name} has none to place")
+    if slots < _SMALLEST:
+        raise InputError(f"slots: a mean of {slots}, must be at least {_SMALLEST}")
 
 
 def with_slots(options: MixerOptions, slots: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol, cast
 import numpy as np
 
 from t2r.errors import InputError
-from t2r.recipe.schema import DataSource
+from t2r.recipe.schema import Data, DataSource
 from t2r.resources import resolve
 
 Cursor = Any
@@ -58,6 +58,17 @@ def open_source(options: DataSource) -> Source:
             return HubSource(options)
         files += found
     return FileSource(files, options)
+
+
+def check_sources(data: Data) -> None:
+    """Find training and validation text before anything is written.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+    for options in (data, data.validation):
+        if options is not None:
+            open_source(options)
 
 
 def stream_documents(source: Source) -> Iterator[str]:

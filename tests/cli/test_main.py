@@ -59,6 +59,8 @@ def test_every_verb_has_help(verb):
         (["run", "no-such-recipe"], "no-such-recipe"),
         (["run", "demo", "stages.0.lrr=1"], "did you mean 'lr'"),
         (["info", "no/such/folder"], "no/such/folder"),
+        (["run", "demo", "data.source=no.txt"], "data.source no.txt: no such file"),
+        (["finetune", "demo", "data.validation.source=no.txt"], "data.source no.txt: no such file"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, says, tmp_path):
