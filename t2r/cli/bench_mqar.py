@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from t2r.cli import bench_config
+
 if TYPE_CHECKING:
     from t2r_evals.mqar import MqarResult
 
@@ -133,14 +135,11 @@ def build(spec: str, width: int, vocabulary: int, length: int, *, short_conv: in
         InputError: an unknown mixer or option, or a width that is no multiple of the head size.
     """
     import torch
-    import yaml
     from transformers import AutoModelForCausalLM, MistralConfig
 
     from t2r.errors import InputError
     from t2r.model import assign_mixers, parse_options, student_config
 
-    name, _, text = spec.partition(":")
-    values = dict(part.partition("=")[::2] for part in text.split(",") if part)
     heads = max(1, width // 64)
     if width % heads or (width // heads) % 2:
         raise InputError(f"mqar: width {width} does not divide into {heads} heads of an even size")
@@ -161,7 +160,7 @@ def build(spec: str, width: int, vocabulary: int, length: int, *, short_conv: in
     )
     config: Any = host
     if spec != "softmax":
-        options = parse_options({"name": name, **{key: yaml.safe_load(value) for key, value in values.items()}})
+        options = parse_options(bench_config.mixer(spec))
         config = student_config(host, assign_mixers(options, 2))
     with torch.device("meta" if check_only else "cpu"):
         model = AutoModelForCausalLM.from_config(config)
