@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Taps of a causal convolution before every mixer, softmax too; 0: none.",
 )
+@click.option("--curriculum", default="", help="Lessons before the setting, length:pairs; such as 64:4,128:16,256:32.")
 @click.option("--warmup", type=int, default=0, show_default=True, help="Steps in which the learning rate rises.")
 @click.option("--random-filler", is_flag=True, help="Random tokens where nothing is asked; otherwise token 0.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Models trained at a time.")
@@ -43,6 +44,7 @@ def command(
     widths: str,
     learning_rates: str,
     short_conv: int,
+    curriculum: str,
     jobs: int,
     device: str,
     **settings: Any,
@@ -67,11 +69,11 @@ def command(
     from t2r_evals.report.svg import standalone
 
     try:
-        options = MqarOptions(**settings)
+        options = MqarOptions(**settings, curriculum=_lessons(curriculum))
         sizes = [int(width) for width in widths.split(",")]
         rates = [float(rate) for rate in learning_rates.split(",") if rate] or list(PAPER_LEARNING_RATES)
     except ValidationError as error:
-        raise InputError(f"mqar: {error.errors()[0]['msg']}") from None
+        raise InputError(f"mqar: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
         raise InputError(f"mqar: {error}") from None
     specs = mixers.split()
@@ -102,6 +104,14 @@ def command(
     (output / "mqar.svg").write_text(standalone(draw(best, options)))
     (output / "mqar.md").write_text(f"{table}\n\n{trial_table(results)}\n")
     click.echo(table)
+
+
+def _lessons(curriculum: str) -> list[tuple[int, int]]:
+    """ "64:4,128:16" as [(64, 4), (128, 16)]."""
+    lessons = [lesson.split(":") for lesson in curriculum.split(",") if lesson]
+    if any(len(lesson) != 2 for lesson in lessons):
+        raise ValueError(f"curriculum: {curriculum!r} is not length:pairs, separated by commas")
+    return [(int(length), int(pairs)) for length, pairs in lessons]
 
 
 def accuracy_table(best: "Sequence[MqarResult]", specs: list[str], widths: list[int]) -> str:

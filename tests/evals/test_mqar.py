@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,11 +73,18 @@ def test_perfect_memory_scores_one_and_none_scores_chance() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"pairs": 200}, {"vocabulary": 8, "pairs": 4, "length": 64}, {"train_examples": 8, "batch_size": 9}]
+    "change",
+    [
+        {"pairs": 200},
+        {"vocabulary": 8, "pairs": 4, "length": 64},
+        {"train_examples": 8, "batch_size": 9},
+        {"curriculum": ((8, 4),)},
+        {"curriculum": ((1024, 4),)},
+    ],
 )
-def test_impossible_settings_are_refused(change: dict[str, int]) -> None:
-    with pytest.raises(ValidationError, match=r"pairs|batch_size"):
-        MqarOptions(**change)  # type: ignore[arg-type]
+def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"pairs|batch_size|curriculum"):
+        MqarOptions(**change)
 
 
 def softmax(mixer: str, width: int) -> torch.nn.Module:
@@ -117,6 +125,30 @@ def test_with_a_short_convolution_64_tokens_and_8_pairs_are_learned(mixer: str, 
     torch.manual_seed(0)
     result = train(build(mixer, 64, 256, 64, short_conv=4), options, rate)
     assert result.accuracy > 0.5
+
+
+def test_a_curriculum_is_gone_through_lesson_by_lesson() -> None:
+    """Each until it is learned or patience ends; every step has as many tokens; the accuracy is the setting's own."""
+    options = MqarOptions(
+        vocabulary=32,
+        length=32,
+        pairs=6,
+        train_examples=512,
+        test_examples=64,
+        epochs=12,
+        batch_size=16,
+        curriculum=((8, 1), (16, 2)),
+        patience=2,
+    )
+    assert [lesson.batch_size for lesson in options.lessons()] == [64, 32, 16]
+    torch.manual_seed(0)
+    model = softmax("softmax", 32)
+    stuck = train(model, options, 0.0)
+    assert [(epoch.length, epoch.pairs) for epoch in stuck.curve] == [(8, 1)] * 2 + [(16, 2)] * 2 + [(32, 6)] * 8
+    assert stuck.accuracy == stuck.curve[-1].accuracy
+    eager = train(model, options.model_copy(update={"learned": 0.0, "epochs": 2}), 0.0)
+    assert [epoch.pairs for epoch in eager.curve] == [1, 2]
+    assert eager.accuracy == stuck.accuracy
 
 
 def test_the_convolution_is_causal_and_trained_with_the_model() -> None:

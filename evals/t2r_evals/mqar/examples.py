@@ -20,6 +20,8 @@ class MqarOptions(Record):
         length, pairs: T and K; 4 K <= T.
         power: a of the weight i^(a-1) with which slot i of the second part asks.
         random_filler: random tokens where nothing is asked; otherwise 0, as in Zoology's figure 2.
+        curriculum: lessons (T, K), in order, before the setting itself; each is left at `learned` accuracy, or after
+            `patience` epochs.
         epochs: passes over `train_examples`; training stops early at `enough` accuracy.
         minutes: time for one model; the learning rate is annealed to its end where that comes before the last epoch.
         warmup: steps over which the learning rate rises from 0.
@@ -31,6 +33,9 @@ class MqarOptions(Record):
     pairs: int = Field(64, ge=1)
     power: float = Field(0.01, gt=0)
     random_filler: bool = False
+    curriculum: tuple[tuple[int, int], ...] = ()
+    learned: float = 0.9
+    patience: int = Field(8, ge=1)
     train_examples: int = Field(100_000, ge=1)
     test_examples: int = Field(3_000, ge=1)
     epochs: int = Field(64, ge=1)
@@ -50,7 +55,22 @@ class MqarOptions(Record):
             raise ValueError(f"pairs: a vocabulary of {self.vocabulary} has {self.vocabulary // 2 - 1} keys")
         if self.batch_size > self.train_examples:
             raise ValueError(f"batch_size: {self.batch_size} is more than the {self.train_examples} training examples")
+        for length, _ in self.curriculum:
+            if length > self.length:
+                raise ValueError(f"curriculum: a lesson of {length} tokens is longer than the setting's {self.length}")
+        for lesson in self.curriculum:
+            self._lesson(*lesson)
         return self
+
+    def lessons(self) -> "list[MqarOptions]":
+        """The settings of the curriculum and, last, this one; all have the same number of tokens in a batch."""
+        return [self._lesson(*lesson) for lesson in (*self.curriculum, (self.length, self.pairs))]
+
+    def _lesson(self, length: int, pairs: int) -> "MqarOptions":
+        size = min(self.batch_size * self.length // length, self.train_examples)
+        return MqarOptions(
+            **{**self.model_dump(), "length": length, "pairs": pairs, "batch_size": size, "curriculum": ()}
+        )
 
 
 class Examples(NamedTuple):

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -18,14 +19,25 @@ _LINE_EVERY = 10.0  # seconds between two lines of progress where there is no te
 _EAGER_STEPS = 3  # before a CUDA graph is captured: kernels are compiled and buffers made
 
 
+class Epoch(Record):
+    """One pass over the training examples: of which setting, the accuracy on its test set after it, the seconds since
+    the training began."""
+
+    length: int
+    pairs: int
+    accuracy: float
+    seconds: float
+
+
 class MqarResult(Record):
-    """One trained model. `accuracy` is over all queries of the test set, `curve` after each epoch."""
+    """One trained model. `accuracy` is over all queries of the test set of the setting itself, whatever lesson the
+    curriculum had reached."""
 
     mixer: str
     width: int
     lr: float
     accuracy: float
-    curve: list[float]
+    curve: list[Epoch]
     parameters: int
     seconds: float
 
@@ -42,48 +54,65 @@ def train(
 ) -> MqarResult:
     """Train a model with AdamW, a linear warm-up and a cosine to zero, and test it.
 
+    Every step has the same number of tokens: a lesson shorter than the setting has more examples in a batch.
+
     Args:
         model: from ids [B, T] to an output with .logits [B, T, V].
         stop: asked after each epoch; True ends the training where it is.
     """
     model.to(device).train()
-    train_set = make_examples(options.train_examples, options, options.seed, device)
-    test_set = make_examples(options.test_examples, options, options.seed + 1, device)
     step = _Step(model, options, device)
-    epoch_steps = options.train_examples // options.batch_size
     order = torch.Generator(device).manual_seed(options.seed)
-    curve: list[float] = []
+    lesson, *lessons = options.lessons()
+    train_set, test_set = _sets(lesson, device)
+    curve: list[Epoch] = []
+    steps = patience = 0
     start = said = time.perf_counter()
     name = f"{mixer} width {width} lr {lr:.1e}"
     progress = tqdm(range(options.epochs), desc=name, leave=False, disable=None)
     for epoch in progress:
         model.train()
-        permutation = torch.randperm(options.train_examples, generator=order, device=device)
-        for index in range(epoch_steps):
-            done = max((epoch + index / epoch_steps) / options.epochs, _share_of_time(start, options))
-            rows = permutation[index * options.batch_size : (index + 1) * options.batch_size]
-            rise = min(1.0, (1 + epoch * epoch_steps + index) / max(options.warmup, 1))
+        permutation = torch.randperm(len(train_set.ids), generator=order, device=device)
+        batches = permutation[: len(permutation) // lesson.batch_size * lesson.batch_size].split(lesson.batch_size)
+        for index, rows in enumerate(batches):
+            steps += 1
+            done = max((epoch + index / len(batches)) / options.epochs, _share_of_time(start, options))
+            rise = min(1.0, steps / max(options.warmup, 1))
             step(train_set.rows(rows), lr * rise * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
-        curve.append(accuracy(model, test_set, options.batch_size, device))
-        progress.set_postfix(accuracy=f"{curve[-1]:.3f}")
+        right = accuracy(model, test_set, lesson.batch_size, device)
         now = time.perf_counter()
-        ended = curve[-1] >= options.enough or _share_of_time(start, options) >= 1 or stop()
+        curve.append(Epoch(length=lesson.length, pairs=lesson.pairs, accuracy=right, seconds=now - start))
+        progress.set_postfix(pairs=lesson.pairs, accuracy=f"{right:.3f}")
+        ended = (not lessons and right >= options.enough) or _share_of_time(start, options) >= 1 or stop()
         if progress.disable and (now - said > _LINE_EVERY or ended or epoch + 1 == options.epochs):
-            print(
-                f"{name}: epoch {epoch + 1}, accuracy {curve[-1]:.4f}, {now - start:.0f} s", file=sys.stderr, flush=True
-            )
+            where = f"epoch {epoch + 1} ({lesson.length} tokens, {lesson.pairs} pairs)"
+            print(f"{name}: {where}, accuracy {right:.4f}, {now - start:.0f} s", file=sys.stderr, flush=True)
             said = now
         if ended:
             break
+        patience += 1
+        if lessons and (right >= options.learned or patience == options.patience):
+            lesson, patience = lessons.pop(0), 0
+            train_set, test_set = _sets(lesson, device)
     progress.close()
+    if lessons:
+        right = accuracy(model, _sets(options, device)[1], options.batch_size, device)
     return MqarResult(
         mixer=mixer,
         width=width,
         lr=lr,
-        accuracy=curve[-1],
+        accuracy=right,
         curve=curve,
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=time.perf_counter() - start,
+    )
+
+
+def _sets(options: MqarOptions, device: Any) -> tuple[Examples, Examples]:
+    """The examples to train on and those to test on."""
+    return (
+        make_examples(options.train_examples, options, options.seed, device),
+        make_examples(options.test_examples, options, options.seed + 1, device),
     )
 
 
@@ -99,44 +128,46 @@ def accuracy(model: Any, examples: Examples, batch_size: int, device: Any = "cpu
 
 
 class _Step:
-    """One optimiser step on a batch. On a GPU it is captured as a CUDA graph and replayed: these models' hundreds of
-    small kernels run faster than they can be launched one by one."""
+    """One optimiser step on a batch. On a GPU it is captured as a CUDA graph, one per shape of a batch, and replayed:
+    these models' hundreds of small kernels run faster than they can be launched one by one."""
 
     def __init__(self, model: Any, options: MqarOptions, device: Any) -> None:
         self.model, self.device = model, device
         # A tensor, so that a captured step reads the rate of the moment.
         self.lr = torch.zeros((), device=device)
-        on_gpu = torch.device(device).type == "cuda"
+        self.on_gpu = torch.device(device).type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.lr, weight_decay=options.weight_decay, fused=True, capturable=on_gpu
+            model.parameters(), lr=self.lr, weight_decay=options.weight_decay, fused=True, capturable=self.on_gpu
         )
         self.logits = torch.compile(_logits, dynamic=False) if options.compile else _logits
-        self.graph: Any = None
-        self.batch: Examples | None = None
-        self.eager_steps = _EAGER_STEPS if on_gpu else None
+        self.eager_steps: Counter[torch.Size] = Counter()
+        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Examples]] = {}
+        # One pool for all graphs: no two of them run at a time, and nothing in it outlives a step.
+        self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
     def __call__(self, batch: Examples, lr: float) -> None:
         self.lr.fill_(lr)
-        if self.eager_steps is None:
+        shape = batch.ids.shape + batch.positions.shape
+        if not self.on_gpu:
             self._run(batch)
-        elif self.eager_steps:
+        elif self.eager_steps[shape] < _EAGER_STEPS:
             # Capturing wants the steps before it on a stream of their own.
-            self.eager_steps -= 1
+            self.eager_steps[shape] += 1
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._run(batch)
             torch.cuda.current_stream().wait_stream(side)
         else:
-            if self.graph is None:
-                self.batch = Examples(*(part.clone() for part in batch))
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self._run(self.batch)
-            assert self.batch is not None
-            for held, part in zip(self.batch, batch, strict=True):
-                held.copy_(part)
-            self.graph.replay()
+            if shape not in self.graphs:
+                self.graphs[shape] = torch.cuda.CUDAGraph(), Examples(*(part.clone() for part in batch))
+                graph, held = self.graphs[shape]
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self._run(held)
+            graph, held = self.graphs[shape]
+            for old, new in zip(held, batch, strict=True):
+                old.copy_(new)
+            graph.replay()
 
     def _run(self, batch: Examples) -> None:
         self.optimizer.zero_grad(set_to_none=True)
