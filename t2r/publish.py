@@ -2,9 +2,11 @@
 
 A reader sees the whole folder or none. A kill leaves at most a ``.NAME.partial-*`` folder, which the next ``publish``
 of the same destination removes. Nothing that a kill leaves loads: config.json, without which transformers loads no
-folder, gets its name after everything else is in place.
+folder, gets its name after everything else is in place. Of two that publish one destination at once, each writes
+beside the other, and the last rename wins where `overwrite` allows it.
 """
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -12,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from t2r.errors import InputError
@@ -37,19 +39,19 @@ def publish(destination: Path, *, overwrite: bool = False, hashes: Mapping[str, 
             caller may pass an empty dict and add to it inside the block. The rest are hashed here.
 
     Raises:
-        InputError: `destination` exists and `overwrite` is False.
+        InputError: `destination` exists, or has come to exist by the end of the block, and `overwrite` is False.
     """
     destination = Path(destination)
-    if (destination / PENDING_CONFIG).is_file():
+    if (destination / PENDING_CONFIG).is_file() and _abandoned(destination):
         shutil.rmtree(destination)  # a kill came between the last two renames
     _restore(destination)
     if destination.exists() and not overwrite:
         raise InputError(f"{destination}: already exists; pass --overwrite to replace it, or name another folder")
     parent = destination.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    remove_partials(destination)
-    staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=parent))
-    try:
+    for path in _leftovers(destination):
+        shutil.rmtree(path, ignore_errors=True)
+    with _partial(destination) as staging:
         staging.chmod(0o755)
         yield staging
         if (staging / CONFIG).is_file():
@@ -59,33 +61,56 @@ def publish(destination: Path, *, overwrite: bool = False, hashes: Mapping[str, 
             _sync(path)
         for folder in [p for p in staging.rglob("*") if p.is_dir()] + [staging]:
             _sync(folder)
-        _swap(staging, destination)
+        _swap(staging, destination, overwrite)
         if (destination / PENDING_CONFIG).is_file():
             os.rename(destination / PENDING_CONFIG, destination / CONFIG)
             _sync(destination)
         _sync(parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _partial(destination: Path) -> Iterator[Path]:
+    """A new folder beside `destination`, ours by a lock that ends with the block or with this process. What the block
+    has not renamed is removed."""
+    path = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.absolute().parent))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield path
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether the process that made `folder` is gone. Where the file system has no locks, it is taken to be."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+    return True
+
+
+def _leftovers(destination: Path) -> list[Path]:
+    """What killed publishes of `destination` left beside it."""
+    found = destination.absolute().parent.glob(f".{glob.escape(destination.name)}.partial-*")
+    return [path for path in found if _abandoned(path)]
 
 
 def _restore(destination: Path) -> None:
     """Put back a destination that a kill left moved aside, its successor not yet in its place."""
     if not destination.exists():
-        for old in _partials(destination):
+        for old in _leftovers(destination):
             if (old / _OLD).is_dir():
                 os.rename(old / _OLD, destination)
                 return
-
-
-def _partials(destination: Path) -> list[Path]:
-    return list(destination.absolute().parent.glob(f".{glob.escape(destination.name)}.partial-*"))
-
-
-def remove_partials(destination: Path) -> None:
-    """Remove what a killed publish of `destination` left beside it."""
-    for path in _partials(Path(destination)):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None) -> None:
@@ -154,12 +179,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _swap(staging: Path, destination: Path) -> None:
+def _swap(staging: Path, destination: Path, overwrite: bool) -> None:
     """Rename `staging` to `destination`; an old destination is moved aside first, so a kill never mixes the two."""
-    if not destination.exists():
-        os.rename(staging, destination)
+    if overwrite and destination.exists():
+        with _partial(destination) as aside:
+            try:
+                os.rename(destination, aside / _OLD)
+                os.rename(staging, destination)
+            finally:
+                if not destination.exists():
+                    os.rename(aside / _OLD, destination)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=staging.parent)) / _OLD
-    os.rename(destination, old)
-    os.rename(staging, destination)
-    shutil.rmtree(old.parent, ignore_errors=True)
+    try:
+        os.rename(staging, destination)
+    except OSError:
+        if not destination.exists():
+            raise
+        raise InputError(f"{destination}: was made by someone else meanwhile; nothing was replaced") from None

@@ -1,7 +1,9 @@
 """A folder is published whole or not at all."""
 
+import contextlib
+import multiprocessing
 import os
-import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -94,23 +96,59 @@ def test_damage_is_named(tmp_path, change, words):
     assert words in problem
 
 
-def test_what_a_kill_moved_aside_is_put_back(tmp_path, monkeypatch):
-    with publish(tmp_path / "a") as staging:
-        write(staging, "old")
+def killed_while_it_swaps(destination: Path) -> None:
+    """In a process of its own: dies when the old destination lies aside and the new one is not in its place."""
     rename = os.rename
 
-    def killed(source: Path, target: Path) -> None:
+    def rename_and_die(source: Path, target: Path) -> None:
         rename(source, target)
         if Path(target).name == "old":
-            raise SystemExit
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(os, "rename", killed)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill cleans nothing up
-    with pytest.raises(SystemExit), publish(tmp_path / "a", overwrite=True) as staging:
+    os.rename = rename_and_die
+    with publish(destination, overwrite=True) as staging:
         write(staging, "new")
-    monkeypatch.undo()
+
+
+def test_what_a_kill_moved_aside_is_put_back(tmp_path):
+    with publish(tmp_path / "a") as staging:
+        write(staging, "old")
+    process = multiprocessing.get_context("fork").Process(target=killed_while_it_swaps, args=(tmp_path / "a",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "a").exists()
     with pytest.raises(InputError, match="--overwrite"), publish(tmp_path / "a"):
         raise AssertionError("nothing may be written")
     assert (tmp_path / "a" / "data" / "weights").read_text() == "old"
     assert verify_manifest(tmp_path / "a") == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_at_once_leave_each_other_alone(tmp_path, overwrite):
+    refused = contextlib.nullcontext() if overwrite else pytest.raises(InputError, match="made by someone else")
+    with refused, publish(tmp_path / "a", overwrite=overwrite) as first:
+        write(first, "first")
+        with publish(tmp_path / "a", overwrite=overwrite) as second:
+            write(second, "second")
+        assert (tmp_path / "a" / "data" / "weights").read_text() == "second"
+    assert (tmp_path / "a" / "data" / "weights").read_text() == ("first" if overwrite else "second")
+    assert verify_manifest(tmp_path / "a") == []
+    assert names(tmp_path) == {"a"}
+
+
+def test_a_swap_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
+    with publish(tmp_path / "a") as staging:
+        write(staging, "old")
+    rename = os.rename
+
+    def interrupted(source: Path, target: Path) -> None:
+        rename(source, target)
+        if Path(target).name == "old":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), publish(tmp_path / "a", overwrite=True) as staging:
+        write(staging, "new")
+    assert (tmp_path / "a" / "data" / "weights").read_text() == "old"
+    assert names(tmp_path) == {"a"}
