@@ -135,7 +135,7 @@ def evaluate(
                 seed=options.seed,
             )
             tasks, samples = tasks | found, samples + rows
-        points = measure_speed(model, options.contexts, largest_batch=options.largest_batch, seed=options.seed)
+        points = list(measure_speed(model, options.contexts, largest_batch=options.largest_batch, seed=options.seed))
     finally:
         model.train(was_training)
     return ModelResult(

@@ -2,8 +2,9 @@
 
 import gc
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from t2r_evals.schema import SpeedPoint
 
 logger = logging.getLogger(__name__)
+_LONG = 10.0  # seconds
 
 
 def measure_speed(
@@ -22,8 +24,9 @@ def measure_speed(
     largest_batch: int = 1,
     repeats: int = 3,
     seed: int = 0,
-) -> list[SpeedPoint]:
-    """Prefill and decoding at each context length, with batch 1 and the largest batch that fits.
+    **options: Any,
+) -> Iterator[SpeedPoint]:
+    """Yield prefill and decoding at each context length, with batch 1 and the largest batch that fits.
 
     The prompt is random tokens: the arithmetic does not depend on what they say. Every figure is the fastest of
     `repeats` after one warm-up, greedy decoding by `model.generate`, its overhead included.
@@ -32,42 +35,68 @@ def measure_speed(
         contexts: prompt lengths in tokens.
         decode_tokens: tokens that the decoding rate is measured over.
         largest_batch: on a GPU, batches are doubled up to this as long as they fit; 1 measures batch 1 alone.
+        repeats: at most; no further one is started after ten seconds.
+        options: further settings of `generate`.
     """
-    points = []
     progress = tqdm(contexts, desc="speed", unit="context", leave=False, disable=None)
     for context in progress:
         batch = 1
         best: SpeedPoint | None = None
         while batch <= largest_batch:
             try:
-                point = _measure(model, context, batch, decode_tokens, repeats, seed)
+                point = _measure(model, context, batch, decode_tokens, repeats, seed, options)
             except torch.OutOfMemoryError:
                 logger.warning("context %d, batch %d does not fit into the device's memory", context, batch)
                 break
             finally:
                 _empty(model)
             if batch == 1:
-                points.append(point)
+                yield point
             best = point
             batch *= 2
         if best is not None and best.batch > 1:
-            points.append(best)
+            yield best
     progress.close()
-    return points
 
 
-def _measure(model: Any, context: int, batch: int, decode_tokens: int, repeats: int, seed: int) -> SpeedPoint:
+def crossover(contexts: Sequence[int], student: Sequence[float], teacher: Sequence[float]) -> float | None:
+    """The context from which on the student stays at or below the teacher, in seconds or bytes.
+
+    Args:
+        contexts: rising.
+        student, teacher: positive, one for each context.
+
+    Returns:
+        between two measured contexts, what straight lines in logarithms give; the first context when the student is
+        never above; None when it is above at the last.
+    """
+    gap = [math.log(mine / other) for mine, other in zip(student, teacher, strict=True)]
+    above = [index for index, value in enumerate(gap) if value > 0]
+    if not above:
+        return contexts[0]
+    if (last := above[-1]) == len(contexts) - 1:
+        return None
+    share = gap[last] / (gap[last] - gap[last + 1])
+    return math.exp((1 - share) * math.log(contexts[last]) + share * math.log(contexts[last + 1]))
+
+
+def _measure(
+    model: Any, context: int, batch: int, decode_tokens: int, repeats: int, seed: int, options: dict[str, Any]
+) -> SpeedPoint:
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(model.device)
     on_gpu = model.device.type == "cuda"
-    _generate(model, prompt, 2)
+    _generate(model, prompt, 3, options)
     _empty(model)
     resting = torch.cuda.memory_allocated(model.device) if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
-    first, decode, cache = [], [], 0
-    for _ in range(repeats):
-        times, cache = _generate(model, prompt, 1 + decode_tokens)
+    first: list[float] = []
+    decode: list[float] = []
+    cache = 0
+    start = time.perf_counter()
+    while len(first) < repeats and (not first or time.perf_counter() - start < _LONG):
+        times, cache = _generate(model, prompt, 1 + decode_tokens, options)
         first.append(times[0])
         decode.append(times[-1] - times[0])
     peak = torch.cuda.max_memory_allocated(model.device) - resting if on_gpu else None
@@ -82,7 +111,7 @@ def _measure(model: Any, context: int, batch: int, decode_tokens: int, repeats: 
     )
 
 
-def _generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[float], int]:
+def _generate(model: Any, prompt: torch.Tensor, tokens: int, options: dict[str, Any]) -> tuple[list[float], int]:
     """Seconds from the call to each of exactly `tokens` new tokens, and the bytes of the cache afterwards."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
@@ -100,6 +129,7 @@ def _generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[float
         pad_token_id=0,
         use_cache=True,
         return_dict_in_generate=True,
+        **options,
     )
     _wait(model)
     start = time.perf_counter()

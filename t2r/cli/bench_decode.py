@@ -1,4 +1,4 @@
-"""t2r bench decode: decoding of a student beside its teacher, by context and batch."""
+"""t2r bench decode: first token, decoding and memory of a student beside its teacher, by context and batch."""
 
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,22 @@ from t2r.cli import bench_config
 @click.option("--config", default="mistral-7b", show_default=True, help="Without MODELS: or a teacher's folder.")
 @click.option("--mixer", default="gsa", show_default=True, help="With options: gsa:slots=128.")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the configuration has.")
-@click.option("--contexts", default="2048,8192,32768", show_default=True, help="Tokens of the prompt.")
-@click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="New tokens.")
-@click.option("--largest-batch", type=click.IntRange(1), default=1, show_default=True, help="Doubled while it fits.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="The fastest counts.")
+@click.option("--contexts", default="1024,4096,16384,32768,131072", show_default=True, help="Tokens of the prompt.")
+@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="New tokens.")
+@click.option("--largest-batch", type=click.IntRange(1), default=8192, show_default=True, help="To look for, on a GPU.")
+@click.option("--repeats", type=click.IntRange(1), default=2, show_default=True, help="The fastest counts.")
+@click.option("--launched", is_flag=True, help="generate launches a student's steps one kernel at a time.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file for all of it.")
 def command(models: tuple[str, ...], output: Path | None, device: str, **options: Any) -> None:
-    """Tokens/s of greedy decoding by `generate`, time to the first token, and memory, at each context.
+    """Prefill and greedy decoding by `generate` at batch 1, and one decoding step by itself at batch 1 and at the
+    largest power of two whose caches fit.
 
     MODELS are folders or Hub ids; without any, a teacher of --config and its student get random weights on the device.
+    A step by itself is a CUDA graph, replayed: for the teacher too, whose `generate` has none, on a cache that stands
+    at its length and is not copied to grow. Peak memory is that of the prompt and the decoding, beside the weights.
     """
-    import gc
     import json
 
     import torch
@@ -35,38 +38,59 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
     from t2r.train.speed import random_model
     from t2r_evals.provenance import machine, versions
     from t2r_evals.speed import measure_speed
+    from t2r_evals.speed_step import empty, measure_largest_step, measure_step
 
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    dtype = getattr(torch, options["dtype"])
     configs = {} if models else _configs(options)
     contexts = [int(length) for length in options["contexts"].split(",")]
-    record: dict[str, Any] = {"options": options, "machine": machine(), "versions": versions(), "models": {}}
+    record: dict[str, Any] = {"options": options, "machine": machine(), "versions": versions(), "rows": []}
     click.echo(f"{machine().get('GPU', 'CPU')}, torch {torch.__version__}")
-    click.echo("model    context  batch  decode tokens/s  first token    cache MiB   peak GiB")
+    click.echo(
+        "model    context  batch  first token  prefill/s  generate/s    one step     steps/s  cache MiB  peak GiB"
+    )
+    settings = {"disable_compile": True} if options["launched"] else {}
     for name in models or configs:
-        if models:
-            model = load(name, dtype=getattr(torch, options["dtype"]), device=str(target))[0]
-        else:
-            model = random_model(configs[name], getattr(torch, options["dtype"]), target).eval()
-        points = measure_speed(
-            model,
-            contexts,
-            decode_tokens=options["tokens"],
-            largest_batch=options["largest_batch"],
-            repeats=options["repeats"],
+        model = (
+            load(name, dtype=dtype, device=str(target))[0]
+            if models
+            else random_model(configs[name], dtype, target).eval()
         )
-        record["models"][name] = [point.model_dump() for point in points]
-        for point in points:
-            peak = "" if point.peak_bytes is None else f"{point.peak_bytes / 2**30:.2f}"
-            click.echo(
-                f"{Path(name).name:8} {point.context:7,} {point.batch:6} {point.decode_tokens_per_second:16,.1f} "
-                f"{1000 * point.first_token_seconds:9,.0f} ms {point.state_bytes / 2**20:12,.1f} {peak:>10}"
-            )
+        for context in contexts:
+            points = []
+            try:
+                (spoken,) = measure_speed(
+                    model, [context], decode_tokens=options["tokens"], repeats=options["repeats"], **settings
+                )
+                alone = measure_step(model, context, 1)
+                points.append(spoken.model_dump() | alone.model_dump())
+                empty(target)
+                if target.type == "cuda" and options["largest_batch"] > 1:
+                    points.append(measure_largest_step(model, context, options["largest_batch"]).model_dump())
+            except torch.OutOfMemoryError:
+                click.echo(f"{Path(name).name:8} {context:7,}  does not fit")
+            for point in points:
+                record["rows"].append({"model": Path(name).name, **point})
+                click.echo(_line(record["rows"][-1]))
+            empty(target)
+            if output is not None:
+                write_whole(output, json.dumps(record, indent=1) + "\n")
         del model
-        gc.collect()
-        if target.type == "cuda":
-            torch.cuda.empty_cache()
-    if output is not None:
-        write_whole(output, json.dumps(record, indent=1) + "\n")
+        empty(target)
+
+
+def _line(row: dict[str, Any]) -> str:
+    said = " " * 35
+    if "first_token_seconds" in row:
+        said = (
+            f"{1000 * row['first_token_seconds']:9,.0f} ms {row['prefill_tokens_per_second']:10,.0f} "
+            f"{row['decode_tokens_per_second']:11,.1f}"
+        )
+    peak = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**30:9.2f}"
+    return (
+        f"{row['model']:8} {row['context']:7,} {row['batch']:6} {said} {1000 * row['step_seconds']:8.2f} ms "
+        f"{row['tokens_per_second']:11,.1f} {row['state_bytes'] / 2**20:10,.1f} {peak}"
+    )
 
 
 def _configs(options: dict[str, Any]) -> dict[str, Any]:

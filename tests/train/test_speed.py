@@ -128,10 +128,14 @@ def test_decoding_is_timed_for_student_and_teacher(tmp_path: Path) -> None:
     options += ["--repeats", "1", "--dtype", "float32", "--output", str(tmp_path / "decode.json")]
     ended = CliRunner().invoke(command, ["decode", *options], catch_exceptions=False)
     assert ended.exit_code == 0
-    models = json.loads((tmp_path / "decode.json").read_text())["models"]
-    teacher, student = ([point["state_bytes"] for point in models[name]] for name in ("teacher", "student"))
-    assert student[0] == student[1] == 2 * 2 * 2 * 8 * 8 * 4  # layers, K and V, heads, slots, dim, float32
-    assert teacher[1] > teacher[0]
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert [(row["model"], row["context"], row["batch"]) for row in rows] == [
+        (model, context, 1) for model in ("teacher", "student") for context in (16, 64)
+    ]
+    assert all(row["decode_tokens_per_second"] > 0 and row["step_seconds"] > 0 for row in rows)
+    teacher, student = ([row["state_bytes"] for row in rows if row["model"] == name] for name in ("teacher", "student"))
+    assert teacher == [2 * 2 * 2 * 8 * 4 * context for context in (16, 64)]  # layers, K and V, heads, dim, float32
+    assert student[0] == student[1] == 2 * 2 * 2 * 8 * 8 * 4  # the same with 8 slots
 
 
 @pytest.mark.parametrize(
