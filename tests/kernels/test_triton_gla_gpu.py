@@ -143,6 +143,18 @@ def test_offsets_beyond_two_to_the_31(side, seed):
         assert torch.equal(mine[-1:], other)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("side", SIDES)
+def test_small_for_a_sanitizer(side, dtype, seed):
+    """Every kernel and the step, few tokens: what compute-sanitizer can go through in a minute."""
+    sizes = {"documents": (0, 1, 20), "heads": 1, "dim_k": 32, "dim_v": 16, "dtype": dtype}
+    inputs = gla_inputs(side, "mild", seed, **sizes)
+    check(side, inputs, seed, (0, 1, 20))
+    x = cuda(inputs)
+    step = {"log_decay": None} | {name: x[name][:, 0] for name in x if name != "state"}
+    assert gla_step(**step, state=x["state"][:1].contiguous(), gate=side).isfinite().all()
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_two_runs_are_bitwise_equal_in_bf16(side, seed):
     sizes = {"dim_k": 128, "dim_v": 128, "group": 4, "heads": 8}
@@ -164,31 +176,6 @@ def test_every_element_is_written_in_bf16(side, documents, monkeypatch, seed):
     sizes = {"dim_k": 80, "dim_v": 96, "group": 3}
     x = gla_inputs(side, "mild", seed, tokens=127, documents=documents, dtype=torch.bfloat16, **sizes)
     check(side, x, seed, documents)
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_compiles_into_one_graph(side, seed):
-    x = cuda(gla_inputs(side, "mild", seed, tokens=64, dim_k=64, dim_v=64, dtype=torch.bfloat16))
-    del x["state"]
-    names, leaves = list(x), [y.requires_grad_() for y in x.values()]
-
-    def loss(*args):
-        return gla(**dict(zip(names, args, strict=True)), gate=side)[0].float().square().sum()
-
-    want = torch.autograd.grad(loss(*leaves), leaves)
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_operators_keep_their_contract(side, seed):
-    """torch's own check: schema, fake kernels, autograd registration."""
-    from t2r_kernels.gla.triton.ops import gla_forward
-
-    x = cuda(gla_inputs(side, "mild", seed, tokens=20, dim_k=32, dim_v=32))
-    args = [y if y is None else y.requires_grad_() for y in map(x.get, ("q", "k", "v", "log_decay", "write", "state"))]
-    torch.library.opcheck(gla_forward, (*args, None, side or "none", 0.2, True))
 
 
 @pytest.mark.parametrize(("group", "dim_k", "dim_v"), [(4, 128, 128), (1, 80, 33), (7, 96, 1), (8, 256, 256)])

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import dispatch
 from .chunk import gla_chunk
 from .naive import gla_naive, gla_step_torch
+from .ops import gla_operator
 
 GATES = ("key", "value", "scalar", None)
 WIDEST = 256  # D and V of the Triton kernels
@@ -61,11 +62,12 @@ def gla(
     _check_gate("gla", gate, q, k, v, log_decay, write, initial_state, sequences)
     chosen = _choose(backend, q, k, v)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    run = {"naive": gla_naive, "torch": gla_chunk, "triton": _gla_triton}[chosen]
-    if chosen == "torch" and torch.compiler.is_compiling():
-        run = torch.compiler.disable(gla_chunk)  # here and not at its definition: torch would import its compiler
+    args = (q, k, v, log_decay, gate, write, scale, initial_state, output_final_state, cu_seqlens)
+    # where it is watched torch's path is an operator too
+    if chosen == "triton" or (chosen == "torch" and dispatch.watched(q)):
+        return gla_operator(*args, chosen)
     with dispatch.without_autocast(q.device):
-        return run(q, k, v, log_decay, gate, write, scale, initial_state, output_final_state, cu_seqlens)
+        return gla_naive(*args) if chosen == "naive" else gla_chunk(*args)
 
 
 @torch.no_grad()
@@ -130,12 +132,6 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         return "triton"
     dispatch.say_once(f"gla: torch runs instead of triton, much slower: {reason}")
     return "torch"
-
-
-def _gla_triton(*args):
-    from .triton import gla_triton
-
-    return gla_triton(*args)
 
 
 def _gla_step_triton(*args):

@@ -76,7 +76,7 @@ def pad(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def plan_for(gate: str, HQ: int, H: int, D: int, V: int, dtype: torch.dtype) -> Plan:
+def plan_for(gate: str | None, HQ: int, H: int, D: int, V: int, dtype: torch.dtype) -> Plan:
     """The one configuration for these sizes.
 
     Tiles have at least 16 tokens, the depth of a matrix instruction, and 64 rows, the height of one on Hopper; 128 for
@@ -94,7 +94,7 @@ def plan_for(gate: str, HQ: int, H: int, D: int, V: int, dtype: torch.dtype) -> 
     else:
         group = min(triton.next_power_of_2(HQ // H), 2 if wide else 4)
         tile = max(16, 32 // group)
-    kind = {"none": NONE, "scalar": SCALAR}.get(gate, ROWS).value
+    kind = {None: NONE, "scalar": SCALAR}.get(gate, ROWS).value
     return Plan(kind, R, X, H, HQ // H, group, tile, numerics)
 
 
