@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
 
 class _Names(click.ParamType):
     """Names with commas between them."""
@@ -50,9 +52,9 @@ class _Lengths(click.ParamType):
 @click.option("--shots", type=click.IntRange(min=0), help="Examples in the prompt; default: each task's own.")
 @click.option("--limit", type=click.IntRange(min=1), help="First N documents of each task.")
 @click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Context for tasks.")
-@click.option("--offline-root", type=click.Path(path_type=Path), help="Folder that stands in for the Hub's data sets.")
+@click.option("--offline-root", type=_FOLDER, help="Folder that stands in for the Hub's data sets.")
 @click.option("--make-offline-root", type=click.Path(path_type=Path), help="Fill such a folder, and measure nothing.")
-@click.option("--tasks-root", type=click.Path(path_type=Path), help="Further task definitions. They may run code.")
+@click.option("--tasks-root", type=_FOLDER, help="Further task definitions. They may run code.")
 @click.option("--recall-lengths", type=_Lengths(), default="512,1K,2K", show_default=True, help="For synthetic.")
 @click.option("--recall-items", type=click.IntRange(min=1), default=10, show_default=True, help="Per length and depth.")
 @click.option("--speed", "contexts", type=_Lengths(), default="", help="Measure speed at these prompt lengths.")
@@ -62,7 +64,13 @@ class _Lengths(click.ParamType):
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
-@click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16, float16.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="auto keeps the stored one.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 def command(
     model: str | None,
@@ -114,6 +122,8 @@ def command(
     import shlex
     import time
 
+    from t2r.model import load, locate
+    from t2r.resources import resolve
     from t2r_evals import EvaluationOptions, Report, evaluate, write_report
     from t2r_evals.harness import check_tasks
     from t2r_evals.provenance import machine, versions
@@ -123,6 +133,8 @@ def command(
     check_tasks(options.suites, options.tasks, options.tasks_root)
     subjects: list[tuple[str, Any]] = [(baseline, "teacher")] if baseline else []
     subjects += [(model, "student"), *((control, "control") for control in controls)]
+    for source, _ in subjects:
+        locate(resolve(source))  # a name that is mistyped, before the models named ahead of it are measured
     names = _labels([source for source, _ in subjects])
     teacher = None
     results: list[Any] = []
@@ -147,7 +159,7 @@ def command(
     try:
         for (source, role), name in zip(subjects, names, strict=True):
             click.echo(f"{role} {source}", err=True)
-            loaded, tokenizer = _load(source, dtype, device)
+            loaded, tokenizer = load(resolve(source), dtype=dtype, device=device)
             results.append(
                 evaluate(
                     loaded,
@@ -184,24 +196,6 @@ def _make_tree(destination: Path, suites: tuple[str, ...], settings: dict[str, A
         specs, destination, offline_root=settings["offline_root"], tasks_root=settings["tasks_root"]
     ):
         click.echo(folder)
-
-
-def _load(source: str, dtype: str, device: str) -> tuple[Any, Any]:
-    import torch
-
-    from t2r.errors import InputError
-    from t2r.model import load
-    from t2r.resources import resolve
-
-    kinds: dict[str, Any] = {
-        "auto": "auto",
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    if dtype not in kinds:
-        raise InputError(f"--dtype {dtype!r}: one of {', '.join(kinds)}")
-    return load(resolve(source), dtype=kinds[dtype], device=device)
 
 
 def _known(model: Any) -> bool:

@@ -40,14 +40,12 @@ def command(
 
     A student's memory does not grow with the text. Speed and state size are told on standard error at the end.
     """
-    import torch
-
     from t2r.generate import Statistics, generate
     from t2r.model import load
     from t2r.resources import resolve
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded, tokenizer = load(resolve(model), dtype="auto" if dtype == "auto" else getattr(torch, dtype), device=device)
+    loaded, tokenizer = load(resolve(model), dtype=dtype, device=device)
     told = Statistics()
     pieces = generate(
         loaded,

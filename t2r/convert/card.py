@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2r.convert.folding import fold_numbers
-from t2r.convert.hub import is_hub_id
 from t2r.convert.plan import Plan
 from t2r.convert.source import Checkpoint, member
+from t2r.hub import is_hub_id
 
 CARD = "README.md"
 _MAX_CARD_BYTES = 1 << 20

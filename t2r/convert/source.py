@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_safetensors_metadata
+
 from t2r.convert.headers import StoredTensor, parse_json, read_header
-from t2r.convert.hub import download, is_hub_id, remote_tensors
 from t2r.errors import InputError
+from t2r.hub import download, is_hub_id, told_in_one_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -80,7 +82,7 @@ def open_checkpoint(source: str | Path, *, weights: bool = True) -> Checkpoint:
     if remote and not is_hub_id(source):
         raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
     if remote:
-        folder = download(str(source), [*_HUB_PATTERNS, "model*.safetensors"] if weights else list(_HUB_PATTERNS))
+        folder = download(str(source), [*_HUB_PATTERNS, "model*.safetensors"] if weights else _HUB_PATTERNS)
     elif Path(source).is_dir():
         folder = Path(source).resolve()
     else:
@@ -89,8 +91,24 @@ def open_checkpoint(source: str | Path, *, weights: bool = True) -> Checkpoint:
         raise InputError(f"{source}: the folder is empty")
     if not (folder / "config.json").is_file():
         raise InputError(f"{source}: no config.json in the folder, so it is no checkpoint")
-    tensors = remote_tensors(str(source), folder) if remote and not weights else _local_tensors(source, folder)
+    tensors = _remote_tensors(str(source), folder) if remote and not weights else _local_tensors(source, folder)
     return Checkpoint(str(source), folder, tensors)
+
+
+def _remote_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a repository by name, from the headers of its files (a few kilobytes each).
+
+    Their files are named as if they lay in `folder`, the snapshot that holds the rest; offsets count from the end of
+    the header.
+    """
+    with told_in_one_line(source):
+        files = get_safetensors_metadata(source, revision=folder.name).files_metadata
+    return {
+        name: StoredTensor(name, folder / file, info.dtype, tuple(info.shape), begin, end - begin)
+        for file, metadata in files.items()
+        for name, info in metadata.tensors.items()
+        for begin, end in [info.data_offsets]
+    }
 
 
 def _local_tensors(source: str | Path, folder: Path) -> dict[str, StoredTensor]:

@@ -1,6 +1,5 @@
 """Load a teacher or a student and its tokenizer by path or Hub id."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from t2r.errors import InputError
+from t2r.hub import download, is_hub_id
+
+# Weights, configuration and whatever kind of tokenizer.
+_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.model.v3", "*.jinja")
 
 
 def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "auto") -> tuple[Any, Any]:
@@ -19,23 +22,19 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
 
     Args:
         path: a folder, or a Hub id such as "org/name". Code that comes with a model is never run.
-        dtype: "auto" keeps the stored dtype.
+        dtype: also by its name; "auto" keeps the stored one.
         device: "auto" is the GPU when there is one.
 
     Raises:
-        InputError: no such folder and no Hub id, a folder without a whole model, or a device that is not here.
+        InputError: as `locate`, a folder without a whole model, or a device that is not here.
     """
-    source = str(path)
-    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise InputError(f"{source}: not a model (no config.json)")
+    source, folder = str(path), locate(path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # lines that overwrite each other are for terminals
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
+            folder,
             config=config,
             dtype=dtype,
             trust_remote_code=False,
@@ -43,7 +42,7 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
             output_loading_info=True,
         )
         model, told = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
@@ -56,3 +55,18 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         return model.to(target).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def locate(path: str | Path) -> Path:
+    """The folder of a model by path or Hub id, which is downloaded.
+
+    Raises:
+        InputError: no such folder and no Hub id, no config.json in it, or a Hub that does not give it.
+    """
+    source = str(path)
+    if not Path(source).is_dir() and not is_hub_id(source):
+        raise InputError(f"{source}: no such folder, and not a Hub id (org/name)")
+    folder = Path(source) if Path(source).is_dir() else download(source, _FILES)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{source}: not a model (no config.json)")
+    return folder

@@ -4,13 +4,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import hf_api
+from huggingface_hub import hf_api, snapshot_download
 from huggingface_hub.errors import NotASafetensorsRepoError
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 
-from t2r.convert import hub
+from t2r import hub
+from t2r.convert import source as checkpoints
 from t2r.convert.headers import read_header
-from t2r.convert.hub import is_hub_id
+from t2r.errors import InputError
+from t2r.hub import is_hub_id
+from t2r.model import load
 
 REPOSITORY = "some-org/some-model"
 
@@ -47,7 +50,7 @@ def asked(hosts, tmp_path, monkeypatch) -> list[str]:
         return SafetensorsRepoMetadata(metadata={}, sharded=True, weight_map=weight_map, files_metadata=found)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(hub, "get_safetensors_metadata", metadata)
+    monkeypatch.setattr(checkpoints, "get_safetensors_metadata", metadata)
     return files
 
 
@@ -73,10 +76,23 @@ def test_a_repository_without_safetensors(t2r, asked, monkeypatch):
     def refuse(*arguments: object, **options: object) -> None:
         raise NotASafetensorsRepoError("some-org/some-model is not a safetensors repo")
 
-    monkeypatch.setattr(hub, "get_safetensors_metadata", refuse)
+    monkeypatch.setattr(checkpoints, "get_safetensors_metadata", refuse)
     answer = t2r("convert", REPOSITORY, "--dry-run")
     assert (answer.code, len(answer.err.splitlines())) == (2, 1)
     assert "not a safetensors repo" in answer.err
+
+
+def test_load_downloads_what_a_model_needs_and_no_more(embedded_teacher, tmp_path, monkeypatch):
+    def snapshot(repository: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        names = [*(p.name for p in embedded_teacher.iterdir()), "pytorch_model.bin", "modeling.py", "onnx/model.json"]
+        for name in hf_api.filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copy(embedded_teacher / name, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    model, tokenizer = load(REPOSITORY)
+    assert model.config.model_type == "mistral"
+    assert tokenizer("a")["input_ids"]
 
 
 @pytest.mark.parametrize("text", ["a/b", "mistralai/Mistral-7B-v0.1"])
@@ -94,3 +110,12 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(t2r, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     answer = t2r("info", "runs/modle")
     assert (answer.code, answer.err) == (2, "Error: runs/modle: no such folder, and not a Hub id (org/name)\n")
+    with pytest.raises(InputError, match="runs/modle: no such folder, and not a Hub id"):
+        load("runs/modle")
+
+
+def test_a_name_that_cannot_be_reached_is_told_at_once(monkeypatch, caplog):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: snapshot_download(REPOSITORY, local_files_only=True))
+    with pytest.raises(InputError, match=f"{REPOSITORY}: no such folder here, and the Hub cannot be reached"):
+        load(REPOSITORY)
+    assert not caplog.text

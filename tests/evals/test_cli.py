@@ -65,6 +65,15 @@ def test_interrupt_keeps_what_is_done(
     assert "Interrupted" in report["notes"][0]
 
 
+def test_a_mistyped_model_is_told_before_any_is_measured(
+    embedded_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", embedded_teacher, "--control", tmp_path / "typo", "--speed", 16, "--output", tmp_path / "out"]
+    assert t2r(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err == f"Error: {tmp_path / 'typo'}: no such folder, and not a Hub id (org/name)\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +85,8 @@ def test_interrupt_keeps_what_is_done(
         (["eval", "x", "--output", "out", "--tasks", "piqa"], "x: no such folder"),
         (["eval", "x", "--output", "out", "--text", "missing.txt"], "missing.txt"),
         (["eval", "x", "--output", "out", "--speed", "1K,zero"], "'zero' is no length"),
+        (["eval", "x", "--output", "out", "--tasks", "piqa", "--offline-root", "tree"], "'tree' does not exist"),
+        (["eval", "x", "--output", "out", "--tasks", "piqa", "--dtype", "float"], "'float' is not one of"),
         (["eval", "--make-offline-root", "tree"], "name the tasks"),
         (["report", "nowhere", "--output", "out"], "no report there"),
     ],

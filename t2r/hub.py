@@ -1,11 +1,11 @@
-"""A checkpoint on the Hugging Face Hub: downloaded without pickles and code, or looked at by its headers alone."""
+"""The Hugging Face Hub: which text names a repository, and its files downloaded without pickles and code."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -15,9 +15,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import logging
 
-from t2r.convert.headers import StoredTensor
 from t2r.errors import InputError
 
+# Folders, and the same weights once more in one file of the original authors' format.
+_LEFT_OUT = ["*/*", "consolidated*"]
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -29,34 +30,19 @@ def is_hub_id(source: str | Path) -> bool:
     return bool(_HUB_ID.fullmatch(str(source))) and not Path(source).parent.is_dir()
 
 
-def download(source: str, patterns: list[str]) -> Path:
+def download(source: str, patterns: Sequence[str]) -> Path:
     """The folder of a repository's snapshot with the files that match `patterns`, none from its folders.
 
     Raises:
         InputError: no such repository, no access to it, or no connection and nothing in the cache.
     """
-    with _one_line(source):
-        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"])).resolve()
-
-
-def remote_tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a repository by name, from the headers of its files (a few kilobytes each).
-
-    Their files are named as if they lay in `folder`, the snapshot that holds the rest; offsets count from the end of
-    the header.
-    """
-    with _one_line(source):
-        files = get_safetensors_metadata(source, revision=folder.name).files_metadata
-    return {
-        name: StoredTensor(name, folder / file, info.dtype, tuple(info.shape), begin, end - begin)
-        for file, metadata in files.items()
-        for name, info in metadata.tensors.items()
-        for begin, end in [info.data_offsets]
-    }
+    with told_in_one_line(source):
+        return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=_LEFT_OUT)).resolve()
 
 
 @contextmanager
-def _one_line(source: str) -> Iterator[None]:
+def told_in_one_line(source: str) -> Iterator[None]:
+    """Within the block, what the Hub's client raises becomes an InputError about `source`."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would tell of every attempt to connect
     try:
