@@ -31,9 +31,10 @@ def triton_module(op: str) -> ModuleType | str:
         return str(error)
 
 
-def choose(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
+def choose(op: str, backend: str, tensors: tuple[Tensor, ...], too_large: str | None = None) -> str:
     """The backend that runs `op` on these tensors: "naive", "torch" or "triton".
 
+    too_large: why triton's kernels do not take these sizes, in a few words; None when they do.
     "auto" takes triton on a GPU and torch elsewhere. Where a GPU has to do without triton, that is logged once with its
     reason. "triton" is never replaced by anything else: a ValueError says why it cannot run.
     """
@@ -44,7 +45,7 @@ def choose(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
     on_gpu = tensors[0].device.type == "cuda"  # ROCm's devices are named cuda too
     if backend == "auto" and not on_gpu:
         return "torch"
-    reason = _why_not_triton(op, tensors, on_gpu)
+    reason = _why_not_triton(op, tensors, on_gpu) or too_large
     if reason is None:
         return "triton"
     if backend == "triton":

@@ -12,7 +12,8 @@ def window_only(mixer: "MixerOptions") -> "MixerOptions":
     from t2r.model.mixers import parse_options
 
     sinks, slots = getattr(mixer, "sinks", 4), getattr(mixer, "slots", 64)
-    return parse_options({"name": "softmax", "sinks": sinks, "window": slots - sinks, "layers": mixer.layers})
+    window = [each - sinks for each in slots] if isinstance(slots, tuple) else slots - sinks
+    return parse_options({"name": "softmax", "sinks": sinks, "window": window, "layers": mixer.layers})
 
 
 def teacher_finetuned(recipe: "Recipe", folder: "RunFolder") -> "Recipe":

@@ -40,6 +40,31 @@ def test_the_start_equals_the_softmax_mixer(build_student, host_configs, tokens)
         torch.testing.assert_close(gsa(text).logits, softmax(text).logits, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("head", "slots"), [(0, 12), (1, 7)])
+@pytest.mark.parametrize("kind", ["gsa", "softmax"])
+def test_a_head_with_a_size_of_its_own_is_the_head_of_a_layer_of_that_size(
+    kind, head, slots, build_student, host_configs, tokens
+):
+    def student(sizes):
+        if kind == "gsa":
+            return build_student(host_configs["mistral"](), {**CLOCKED, "slots": sizes}, wild=False)
+        window = sizes - SINKS if isinstance(sizes, int) else [size - SINKS for size in sizes]
+        return build_student(
+            host_configs["mistral"](), {"name": "softmax", "sinks": SINKS, "window": window}, wild=False
+        )
+
+    mixed, whole = student([12, 7]), student(slots)
+    own = ("self_attn.gate_proj.weight", "gate_bias", "clock_amplitude")  # which start from the sizes alone
+    whole.load_state_dict({name: x for name, x in mixed.state_dict().items() if not name.endswith(own)}, strict=False)
+    for model in (mixed, whole):
+        for layer in model.model.layers:  # the other head's output goes nowhere
+            columns = layer.self_attn.o_proj.weight.data.chunk(2, dim=1)
+            columns[1 - head].zero_()
+    text = tokens(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(mixed(text).logits, whole(text).logits, atol=2e-5, rtol=1e-5)
+
+
 def test_softmax_mixer_equals_the_teacher_with_a_mask(build_student, host_configs, teacher_of, tokens):
     student = build_student(host_configs["mistral"](), {"name": "softmax", "sinks": SINKS, "window": RING})
     text = tokens(2, 40)

@@ -17,6 +17,12 @@ from t2r.model import assign_mixers, parse_layers, parse_options, student_config
         ({"name": "gsa", "slotz": 3}, "did you mean 'slots'"),
         ({"name": "gsa", "slots": 0}, "slots"),
         ({"name": "gsa", "slots": "many"}, "slots"),
+        ({"name": "gsa", "slots": []}, "slots"),
+        ({"name": "gsa", "slots": [8, "9"]}, "slots.list.1: Input should be a valid integer"),
+        ({"name": "gsa", "slots": [8, 3]}, "at most slots 3"),
+        ({"name": "gsa", "slots": [8, 9], "ring": 4}, "ring: where slots is a list"),
+        ({"name": "gsa", "slots": [8, 9], "style": "paper"}, "style paper has the same number"),
+        ({"name": "softmax", "window": [8, 0]}, "window.list.1"),
         ({"name": "gsa", "slots": 8, "sinks": 9}, "at most slots 8"),
         ({"name": "gsa", "slots": 8, "ring": 6}, "at most slots 8"),
         ({"name": "gsa", "style": "paper", "sinks": 4}, "not an option of style paper"),
@@ -26,13 +32,16 @@ from t2r.model import assign_mixers, parse_layers, parse_options, student_config
         ({"name": "softmax", "sinks": 2}, "needs a window"),
         ({"name": "gsa", "norm_eps": 1e-5}, "not an option of style transfer"),
         ({"name": "gsa", "style": "paper", "norm_eps": 0}, "norm_eps"),
-        ({"name": "gsa", "slots": True}, "slots: Input should be a valid integer"),
-        ({"name": "gsa", "slots": "16"}, "slots: Input should be a valid integer"),
-        ({"name": "gsa", "slots": 16.0}, "slots: Input should be a valid integer"),
+        ({"name": "gsa", "slots": True}, "slots.number: Input should be a valid integer"),
+        ({"name": "gsa", "slots": "16"}, "slots.number: Input should be a valid integer"),
+        ({"name": "gsa", "slots": 16.0}, "slots.number: Input should be a valid integer"),
         ({"name": "gsa", "clock_amplitude": True}, "clock_amplitude: Input should be a valid number"),
         ({"name": "gsa", "clock_amplitude": "8"}, "clock_amplitude: Input should be a valid number"),
         ({"name": "gsa", "half_lives": ["3", "9"]}, "half_lives.0: Input should be a valid number"),
-        ({"name": "hybrid", "recurrent": {"name": "gsa", "slots": "8"}}, "slots: Input should be a valid integer"),
+        (
+            {"name": "hybrid", "recurrent": {"name": "gsa", "slots": "8"}},
+            "slots.number: Input should be a valid integer",
+        ),
         ({"name": "hybrid", "recurrent": {"name": "gla", "layers": "1"}}, "the hybrid's own layers"),
         ({"name": "gsa", "layers": True}, "layers: Input should be a valid string"),
     ],
@@ -41,6 +50,13 @@ def test_bad_options_are_told_in_one_line(options, told):
     with pytest.raises(InputError, match=told) as caught:
         parse_options(options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_slots_is_one_for_each_key_value_head(build_student, host_configs):
+    options = {"name": "gsa", "slots": [8, 9, 8]}
+    assert parse_options(options).stored()["slots"] == [8, 9, 8]
+    with pytest.raises(InputError, match="gsa: slots: 3 numbers, must be one for each of 2 key/value heads"):
+        build_student(host_configs["mistral"](), options)
 
 
 def test_whole_numbers_stand_for_floats_and_lists_for_tuples():

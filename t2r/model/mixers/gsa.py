@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from t2r.model.mixers.base import MixerOptions, RecurrentMixer, RMSNorm, Rotary, States, head_shape, rotate
+from t2r.model.mixers.groups import HeadGroup, HeadSizes, head_groups, join_heads, split_heads
 from t2r.model.sequence import SequenceInfo
 from t2r_kernels import gsa, gsa_gates, gsa_step
 
@@ -28,7 +29,7 @@ class GSAOptions(MixerOptions):
 
     name: Literal["gsa"] = "gsa"
     style: Literal["transfer", "paper"] = "transfer"
-    slots: int = Field(64, ge=1, le=4096)
+    slots: HeadSizes = Field(64, description="of every key/value head, or a list with those of each (transfer)")
     sinks: int = Field(4, ge=0, description="slots that keep the first tokens (transfer)")
     ring: int | None = Field(None, ge=0, description="slots that keep the last tokens; slots - sinks (transfer)")
     # At 8 an old token fades over the last rounds of the ring instead of vanishing, which starts slightly better than
@@ -50,14 +51,19 @@ class GSAOptions(MixerOptions):
         if foreign := [key for key in (TRANSFER_ONLY if paper else PAPER_ONLY) if key in values]:
             raise ValueError(f"{', '.join(foreign)}: not an option of style {'paper' if paper else 'transfer'}")
         slots, sinks = values.get("slots", 64), values.get("sinks", 4)
+        if paper and isinstance(slots, list | tuple):
+            raise ValueError("slots: style paper has the same number in every head")
         if not paper and values.get("ring") is None and isinstance(slots, int) and isinstance(sinks, int):
             return {**values, "ring": max(slots - sinks, 0)}
         return values
 
     @model_validator(mode="after")
     def _fit(self) -> "GSAOptions":
-        if self.style == "transfer" and self.sinks + (self.ring or 0) > self.slots:
-            raise ValueError(f"sinks {self.sinks} + ring {self.ring} must be at most slots {self.slots}")
+        if isinstance(self.slots, tuple) and self.ring is not None:
+            raise ValueError("ring: where slots is a list, every head's ring is what the sinks leave of its slots")
+        fewest = self.slots if isinstance(self.slots, int) else min(self.slots)
+        if self.style == "transfer" and self.sinks + (self.ring or 0) > fewest:
+            raise ValueError(f"sinks {self.sinks} + ring {self.ring or 0} must be at most slots {fewest}")
         if not 0 < self.half_lives[0] <= self.half_lives[1]:
             raise ValueError(f"half_lives {self.half_lives}: must be positive, the shortest first")
         return self
@@ -83,14 +89,19 @@ class GSAMixer(RecurrentMixer):
 
     paper: swish on q, k and v, no positions, scale 1, alpha_t = sigmoid(W x_t)^(1/tau), and RMSNorm(swish(o)) over all
     heads before o_proj. Parameters correspond to fla's layer: gate_proj is its f_proj, g_norm its g_norm.
+
+    Heads may have different numbers of slots M. Those with the same number run together, and gates, inputs and states
+    are kept group by group: the gates' parameters [H, M] of a single group, [sum of M] where there are several.
     """
 
     options_class: ClassVar[type[MixerOptions]] = GSAOptions
 
     def __init__(self, attention: nn.Module, config: PreTrainedConfig, options: GSAOptions, layer_idx: int) -> None:
         super().__init__(attention, config, options, layer_idx)
-        gates = (self.heads, options.slots)
-        self.gate_proj = nn.Linear(config.hidden_size, math.prod(gates), bias=False)
+        self.groups = head_groups(options.slots, self.heads, "gsa: slots")
+        self.widths = [len(group.heads) * group.size for group in self.groups]
+        gates = (self.heads, self.groups[0].size) if len(self.groups) == 1 else (sum(self.widths),)
+        self.gate_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
         if options.style == "paper":
             eps = config.rms_norm_eps if options.norm_eps is None else options.norm_eps
             self.g_norm = RMSNorm(self.query_heads * self.head_dim, eps=eps)
@@ -102,69 +113,101 @@ class GSAMixer(RecurrentMixer):
 
     def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:
         """transfer: W = 0, so that the clock alone decides. paper: W normal, norm weight 1."""
-        options, shape = self.options, (self.heads * self.options.slots, self.config.hidden_size)
+        options, shape = self.options, tuple(self.gate_proj.weight.shape)
         if options.style == "paper":
             std = self.config.initializer_range
             weight = torch.empty(shape, device="cpu").normal_(std=std, generator=generator)
             return {"gate_proj.weight": weight, "g_norm.weight": torch.ones(self.query_heads * self.head_dim)}
-        long_lived = options.slots - options.sinks - options.ring
-        bias = torch.zeros(options.slots, device="cpu")
+        starts = [self._start(group) for group in self.groups]
+        bias, amplitude = (torch.cat(parts).view(self.gate_bias.shape) for parts in zip(*starts, strict=True))
+        return {
+            "gate_proj.weight": torch.zeros(shape, device="cpu"),
+            "gate_bias": bias,
+            "clock_amplitude": amplitude,
+        }
+
+    def _start(self, group: HeadGroup) -> States:
+        """Bias and amplitude [heads * M] of a group's gates."""
+        options = self.options
+        long_lived = group.size - options.sinks - self._ring(group)
+        bias = torch.zeros(group.size, device="cpu")
         if long_lived:
             shortest, longest = (math.log(x) for x in options.half_lives)
             half_life = torch.linspace(shortest, longest, long_lived, device="cpu").exp()
             # alpha = 2^(-1 / half-life); its logit is -log(2^(1 / half-life) - 1)
             bias[-long_lived:] = -torch.expm1(math.log(2.0) / half_life).log()
-        amplitude = torch.full((options.slots,), options.clock_amplitude, device="cpu")
+        amplitude = torch.full((group.size,), options.clock_amplitude, device="cpu")
         amplitude[: options.sinks] = options.sink_amplitude
-        return {
-            "gate_proj.weight": torch.zeros(shape, device="cpu"),
-            "gate_bias": bias.repeat(self.heads, 1),
-            "clock_amplitude": amplitude.repeat(self.heads, 1),
-        }
+        return bias.repeat(len(group.heads)), amplitude.repeat(len(group.heads))
+
+    def _ring(self, group: HeadGroup) -> int:
+        return group.size - self.options.sinks if self.options.ring is None else self.options.ring
+
+    def _by_group(self, gates: Tensor) -> list[Tensor]:
+        """[..., all gates], or parameters [H, M], as [..., heads, M] of each group."""
+        if len(self.groups) == 1:
+            return [gates if gates.dim() == 2 else gates.unflatten(-1, (self.heads, -1))]
+        parts = zip(gates.split(self.widths, dim=-1), self.groups, strict=True)
+        return [part.unflatten(-1, (len(group.heads), -1)) for part, group in parts]
 
     def inputs(
         self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, info: SequenceInfo
     ) -> States:
-        """q, k, v, log_alpha [B, T, H, M] and, for transfer, how many slots each token sees [B, T]."""
-        gate = self.gate_proj(hidden_states).unflatten(-1, (self.heads, -1))
+        """Of each group q, k, v, log_alpha [B, T, H, M] and, for transfer, how many slots each token sees [B, T]."""
+        gates = self._by_group(self.gate_proj(hidden_states))
         if self.options.style == "paper":
-            log_alpha = gsa_gates(gate, tau=self.options.tau, mask=info.mask)
+            log_alpha = gsa_gates(gates[0], tau=self.options.tau, mask=info.mask)
             return F.silu(q), F.silu(k), F.silu(v), log_alpha
-        log_alpha = gsa_gates(
-            gate,
-            bias=self.gate_bias,
-            amplitude=self.clock_amplitude,
-            position=info.position,
-            sinks=self.options.sinks,
-            ring=self.options.ring,
-            mask=info.mask,
-        )
-        visible = (info.position + 1).clamp(max=self.options.slots).int()
-        return *rotate(q, k, rotary), v, log_alpha, visible
+        heads = [split_heads(x, self.groups) for x in (*rotate(q, k, rotary), v)]
+        parameters = (self._by_group(self.gate_bias), self._by_group(self.clock_amplitude))
+        found: list[Tensor] = []
+        for group, q, k, v, gate, bias, amplitude in zip(self.groups, *heads, gates, *parameters, strict=True):
+            log_alpha = gsa_gates(
+                gate,
+                bias=bias,
+                amplitude=amplitude,
+                position=info.position,
+                sinks=self.options.sinks,
+                ring=self._ring(group),
+                mask=info.mask,
+            )
+            found += [q, k, v, log_alpha, (info.position + 1).clamp(max=group.size).int()]
+        return tuple(found)
 
     def scan(
         self, inputs: States, state: States | None, output_final_state: bool, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, States | None]:
         """As `RecurrentMixer.scan`."""
-        q, k, v, log_alpha, *visible = inputs
-        return gsa(
-            q,
-            k,
-            v,
-            log_alpha,
-            visible=visible[0] if visible else None,
-            scale=self.scaling,
-            initial_state=None if state is None else (state[0], state[1]),
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-        )
+        outputs: list[Tensor] = []
+        final: list[Tensor] = []
+        for index, (q, k, v, log_alpha, *visible) in enumerate(self._each(inputs)):
+            o, after = gsa(
+                q,
+                k,
+                v,
+                log_alpha,
+                visible=visible[0] if visible else None,
+                scale=self.scaling,
+                initial_state=None if state is None else (state[2 * index], state[2 * index + 1]),
+                output_final_state=output_final_state,
+                cu_seqlens=cu_seqlens,
+            )
+            outputs.append(o)
+            final += after or ()
+        return join_heads(outputs, self.groups), tuple(final) or None
 
     def step(self, inputs: States, state: States) -> Tensor:
         """As `RecurrentMixer.step`."""
-        q, k, v, log_alpha, *visible = inputs
-        keys, values = state
-        seen = visible[0] if visible else None
-        return gsa_step(q, k, v, log_alpha, (keys, values), visible=seen, scale=self.scaling)
+        outputs = []
+        for index, (q, k, v, log_alpha, *visible) in enumerate(self._each(inputs)):
+            seen, states = visible[0] if visible else None, (state[2 * index], state[2 * index + 1])
+            outputs.append(gsa_step(q, k, v, log_alpha, states, visible=seen, scale=self.scaling))
+        return join_heads(outputs, self.groups)
+
+    def _each(self, inputs: States) -> list[States]:
+        """What `inputs` returned, group by group."""
+        size = len(inputs) // len(self.groups)
+        return [inputs[first : first + size] for first in range(0, len(inputs), size)]
 
     def finish(self, o: Tensor) -> Tensor:
         """As `RecurrentMixer.finish`."""
@@ -172,6 +215,7 @@ class GSAMixer(RecurrentMixer):
 
     @classmethod
     def state_shapes(cls, config: PreTrainedConfig, options: GSAOptions) -> list[tuple[int, ...]]:
-        """As `Mixer.state_shapes`: K and V."""
+        """As `Mixer.state_shapes`: K and V of each group."""
         _, heads, dim = head_shape(config)
-        return [(heads, options.slots, dim)] * 2
+        groups = head_groups(options.slots, heads, "gsa: slots")
+        return [(len(group.heads), group.size, dim) for group in groups for _ in "KV"]

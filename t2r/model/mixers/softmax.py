@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from t2r.model.mixers.base import Mixer, MixerOptions, Rotary, head_shape, model_dtype, rotate
+from t2r.model.mixers.base import Mixer, MixerOptions, Rotary, States, head_shape, model_dtype, rotate
+from t2r.model.mixers.groups import HeadSizes, head_groups, join_heads, split_heads
 from t2r.model.mixers.window import Window
 from t2r.model.sequence import SequenceInfo
 
@@ -20,7 +21,11 @@ class SoftmaxOptions(MixerOptions):
     """Options of `softmax`."""
 
     name: Literal["softmax"] = "softmax"
-    window: int | None = Field(None, ge=1, description="how many last tokens are seen; null keeps the host's attention")
+    window: HeadSizes | None = Field(
+        None,
+        description="how many last tokens are seen: by every key/value head, or a list with one number for each; null "
+        "keeps the host's attention",
+    )
     sinks: int = Field(0, ge=0, description="how many first tokens stay visible beside the window")
 
     @model_validator(mode="after")
@@ -47,18 +52,26 @@ class SoftmaxMixer(Mixer):
         """As `Mixer.forward`."""
         layer = self.cache_layer(past_key_values)
         q, k, v = self.project(hidden_states)
-        q, k = rotate(q, k, position_embeddings)
-        shape = Window(self.options.sinks, self.options.window)
-        o, states = shape.attend(q, k, v, attention_mask, layer and layer.states, layer is not None, self.scaling)
+        groups = head_groups(self.options.window, self.heads, "softmax: window")
+        heads = [split_heads(x, groups) for x in (*rotate(q, k, position_embeddings), v)]
+        before = layer and layer.states
+        outputs: list[Tensor] = []
+        after: States = ()
+        for index, (group, q, k, v) in enumerate(zip(groups, *heads, strict=True)):
+            window, states = Window(self.options.sinks, group.size), before and before[2 * index : 2 * index + 2]
+            o, states = window.attend(q, k, v, attention_mask, states, layer is not None, self.scaling)
+            outputs.append(o)
+            after += states or ()
         if layer is not None:
-            layer.store(states)
-        return self.o_proj(o.flatten(2)), None
+            layer.store(after)
+        return self.o_proj(join_heads(outputs, groups).flatten(2)), None
 
     @classmethod
     def state_shapes(cls, config: PreTrainedConfig, options: SoftmaxOptions) -> list[tuple[int, ...]]:
         """As `Mixer.state_shapes`: keys and values. Without a window there is no state of constant size."""
         _, heads, dim = head_shape(config)
-        return [] if options.window is None else [(heads, options.sinks + options.window, dim)] * 2
+        groups = [] if options.window is None else head_groups(options.window, heads, "softmax: window")
+        return [(len(group.heads), options.sinks + group.size, dim) for group in groups for _ in "KV"]
 
     @classmethod
     def state_dtype(cls, config: PreTrainedConfig) -> torch.dtype:
