@@ -88,5 +88,10 @@ def main() -> NoReturn:
     sys.exit(result if isinstance(result, int) else 0)
 
 
+def command_line() -> list[str]:
+    """The command that this process carries out, for records and cards."""
+    return ["t2r", *sys.argv[1:]]
+
+
 def _complain(message: str) -> None:
     click.echo(f"Error: {message}", err=True)

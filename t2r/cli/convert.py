@@ -1,9 +1,10 @@
 """`t2r convert`: turn a pretrained Transformer into a recurrent student."""
 
-import sys
 from typing import Any
 
 import click
+
+from t2r.cli import command_line
 
 
 @click.command("convert", epilog="Example: t2r convert mistralai/Mistral-7B-v0.1 mistral-7b-gsa --slots 64")
@@ -92,7 +93,7 @@ def command(
         Path(destination),
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
-        command=["t2r", *sys.argv[1:]],
+        command=command_line(),
         calibration=report,
     )
     click.echo(f"{destination}: converted and verified", err=True)

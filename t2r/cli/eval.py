@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from t2r.cli import command_line
+
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -144,7 +146,7 @@ def command(
         report = Report(
             title=f"Evaluation of {names[1] if baseline else names[0]}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            command=shlex.join(["t2r", *sys.argv[1:]]),
+            command=shlex.join(command_line()),
             source=baseline,
             target=model,
             machine=machine(),

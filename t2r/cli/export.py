@@ -1,8 +1,8 @@
 """`t2r export`: write a student in another form."""
 
-import sys
-
 import click
+
+from t2r.cli import command_line
 
 
 @click.command("export", epilog="Example: t2r export runs/lora/stages/2-distill/adapter merged --format hf")
@@ -27,7 +27,7 @@ def command(model: str, destination: str, kind: str, base: str | None, overwrite
     from t2r.convert.adapter import merge_adapter
     from t2r.convert.export import export_to_fla
 
-    call = ["t2r", *sys.argv[1:]]
+    call = command_line()
     if kind == "fla" and base is not None:
         raise click.UsageError("--base is for --format hf")
     if kind == "fla":

@@ -1,6 +1,5 @@
 """`t2r finetune`: train a converted student by the stages of a recipe."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,29 +28,12 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str, dry_run: 
         click.echo(dump(recipe), nl=False)
         click.echo(_outline(recipe))
         return
-    from t2r.convert import convert
-    from t2r.publish import verify_manifest
-    from t2r.resources import resolve
+    from t2r.cli.run import prepare
     from t2r.train import finetune, processes
-    from t2r.train.documents import check_sources
 
-    folder = RunFolder(recipe)
     state = processes()
     if state.is_main_process:
-        unconverted = verify_manifest(folder.converted)
-        if unconverted:
-            check_sources(recipe.data)
-        folder.claim()
-        if unconverted:
-            convert(
-                resolve(recipe.model.source),
-                folder.converted,
-                mixers=recipe.mixer,
-                dtype=recipe.model.dtype,
-                seed=recipe.seed,
-                overwrite=True,
-                command=["t2r", *sys.argv[1:]],
-            )
+        prepare(recipe, RunFolder(recipe))
     state.wait_for_everyone()
     model = finetune(recipe, resume=resume if resume in ("auto", "never") else Path(resume))
     if state.is_main_process:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from t2r.cli import command_line
 from t2r.cli.controls import teacher_finetuned, window_only
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     """
     from t2r.recipe import RunFolder, load_recipe
     from t2r.train import is_finished
-    from t2r.train.documents import check_sources
     from t2r_evals.harness import check_data, check_tasks
 
     started = time.monotonic()
@@ -48,11 +47,9 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     folder = RunFolder(recipe)
     finetuned = teacher_finetuned(recipe, folder) if "teacher-finetuned" in controls else None
     if not is_finished(recipe):
-        check_sources(recipe.data)
         offline_root = recipe.evaluate.offline_root
         check_data(recipe.evaluate.suites, recipe.evaluate.tasks, Path(offline_root) if offline_root else None)
-    folder.claim()
-    convert_student(recipe, folder)
+    prepare(recipe, folder, calibrate=recipe.calibrate.windows > 0)
     train_student(recipe, folder, resume)
     if windows:
         _convert(recipe, windows, folder.controls / "window-only")
@@ -62,9 +59,22 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     click.echo(summary(report, folder, time.monotonic() - started))
 
 
-def convert_student(recipe: "Recipe", folder: "RunFolder") -> None:
-    """The teacher as a student before any training, in `converted/`: the control "no-training"."""
-    _convert(recipe, recipe.mixer, folder.converted, calibrate=recipe.calibrate.windows > 0)
+def prepare(recipe: "Recipe", folder: "RunFolder", *, calibrate: bool = False) -> None:
+    """Make `folder` the recipe's, and the student before any training in its `converted/`. Nothing is written where
+    the teacher, the mixers or the texts are not right."""
+    from t2r.convert.plan import make_plan
+    from t2r.convert.run import check_destination
+    from t2r.resources import resolve
+    from t2r.train.documents import check_sources
+
+    if not folder.model.exists():
+        check_sources(recipe.data)
+    if not folder.converted.exists():
+        source = resolve(recipe.model.source)
+        check_destination(source, folder.converted, overwrite=True)
+        make_plan(source, recipe.mixer, dtype=recipe.model.dtype)
+    folder.claim()
+    _convert(recipe, recipe.mixer, folder.converted, calibrate=calibrate)
 
 
 def _convert(recipe: "Recipe", mixers: "Sequence[MixerOptions]", destination: Path, *, calibrate: bool = False) -> None:
@@ -82,7 +92,7 @@ def _convert(recipe: "Recipe", mixers: "Sequence[MixerOptions]", destination: Pa
         mixers=mixers,
         dtype=recipe.model.dtype,
         seed=recipe.seed,
-        command=_command(),
+        command=command_line(),
         overwrite=True,
         calibration=report,
     )
@@ -124,8 +134,7 @@ def _finetune_teacher(recipe: "Recipe", resume: str) -> None:
     from t2r.recipe import RunFolder
 
     folder = RunFolder(recipe)
-    folder.claim()
-    convert_student(recipe, folder)
+    prepare(recipe, folder)
     train_student(recipe, folder, resume)
 
 
@@ -140,7 +149,7 @@ def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) ->
     report = Report(
         title=f"{recipe.model.source.removeprefix('shipped:')} as a recurrent model",
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        command=shlex.join(_command()),
+        command=shlex.join(command_line()),
         source=recipe.model.source,
         target=str(folder.model),
         machine=machine(),
@@ -338,10 +347,6 @@ def _published(folder: Path) -> bool:
     if problems:
         _say(f"{problems[0]}; making {folder} anew")
     return not problems
-
-
-def _command() -> list[str]:
-    return ["t2r", *sys.argv[1:]]
 
 
 def _say(text: str) -> None:

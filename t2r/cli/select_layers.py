@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from t2r.cli import command_line
+
 if TYPE_CHECKING:
     from t2r.convert.calibrate import Probe
     from t2r.recipe import Recipe
@@ -103,7 +105,6 @@ def _show_ranking(probe: "Probe", ranking: list[Any], entries: list[Any]) -> Non
 def _write(recipe: "Recipe", mixers: list[dict[str, Any]], path: Path) -> None:
     """The recipe with these mixers, whole or not at all; it is read back as any recipe is."""
     import shlex
-    import sys
 
     import yaml
 
@@ -113,7 +114,7 @@ def _write(recipe: "Recipe", mixers: list[dict[str, Any]], path: Path) -> None:
     text = yaml.safe_dump(
         {**recipe.model_dump(mode="json"), "mixer": mixers}, sort_keys=False, allow_unicode=True, width=110
     )
-    header = f"# t2r run {path}\n#\n# Layers chosen by: {shlex.join(['t2r', *sys.argv[1:]])}\n"
+    header = f"# t2r run {path}\n#\n# Layers chosen by: {shlex.join(command_line())}\n"
     parse_recipe(header + text, name=str(path))
     write_whole(path, header + text)
 

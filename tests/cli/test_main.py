@@ -61,6 +61,8 @@ def test_every_verb_has_help(verb):
         (["info", "no/such/folder"], "no/such/folder"),
         (["run", "demo", "data.source=no.txt"], "data.source no.txt: no such file"),
         (["finetune", "demo", "data.validation.source=no.txt"], "data.source no.txt: no such file"),
+        (["run", "demo", "model.source=nowhere"], "nowhere: no such folder, and not a Hub id"),
+        (["finetune", "demo", "mixer={name: gsa, layers: 3-99}"], "'3-99' in '3-99' must lie in 0-5"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, says, tmp_path):

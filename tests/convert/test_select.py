@@ -211,13 +211,13 @@ def test_convert_reports_the_start_and_keeps_it(t2r, embedded_teacher, tmp_path)
 
 
 def test_run_reports_the_start_when_the_recipe_asks(embedded_teacher, tmp_path, capsys):
-    from t2r.cli.run import convert_student
+    from t2r.cli.run import prepare
     from t2r.recipe import RunFolder
 
     recipe = load_recipe(
         "demo", [f"output={tmp_path}", "mixer={name: gsa, layers: 5}", "calibrate={windows: 1, window: 128}"]
     )
-    convert_student(recipe, RunFolder(recipe))
+    prepare(recipe, RunFolder(recipe), calibrate=True)
     report = json.loads((tmp_path / "converted" / "conversion.json").read_text())["calibration"]
     assert report["tokens"] == 128
     assert [layer["layer"] for layer in report["layers"]] == [5]
