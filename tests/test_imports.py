@@ -15,7 +15,7 @@ ROOMS = {
     "t2r.train": ROOT / "t2r" / "train",
     "t2r.cli": ROOT / "t2r" / "cli",
 }
-LEAVES = {"t2r", "t2r.errors", "t2r.hub", "t2r.publish", "t2r.resources"}
+LEAVES = {"t2r", "t2r.errors", "t2r.hub", "t2r.publish", "t2r.resources", "t2r.versions"}
 MAY_IMPORT = {
     "t2r_kernels": set(),
     "t2r_evals": set(),

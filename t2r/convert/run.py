@@ -1,9 +1,7 @@
 """Carry out a plan: stream, verify, describe, publish."""
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import t2r
 from t2r.convert.card import write_card
 from t2r.convert.plan import Plan, TensorPlan, build_index, make_plan, new_tensor_names
 from t2r.convert.progress import Progress
@@ -24,6 +21,7 @@ from t2r.errors import InputError
 from t2r.hub import is_hub_id
 from t2r.model.mixers import MixerOptions, layer_generator
 from t2r.publish import MANIFEST, PENDING_CONFIG, publish
+from t2r.versions import versions
 
 RECORD = "conversion.json"
 _SPARE_BYTES = 64 << 20  # tokenizer, card, record and the file system's own bookkeeping
@@ -134,12 +132,6 @@ def _existing_parent(destination: Path) -> Path:
     while not parent.exists():
         parent = parent.parent
     return parent
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the bytes of a conversion."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
-    return {"t2r": t2r.__version__, "python": platform.python_version(), **packages}
 
 
 class InitialValues:

@@ -1,6 +1,5 @@
 """What training leaves behind: a student as a folder that loads, with its card, its recipe and its history."""
 
-import importlib.metadata
 import json
 import platform
 import re
@@ -66,12 +65,6 @@ def write_summary(place: StageFolder, summary: dict[str, Any]) -> None:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a training run."""
-    packages = ("t2r", "torch", "transformers", "accelerate", "peft", "datasets")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def _card(before: Path, destination: Path, recipe: Recipe, stages: list[StageFolder]) -> str:

@@ -20,12 +20,13 @@ from t2r.train.arguments import processes, training_arguments
 from t2r.train.documents import Source, open_source, read_documents
 from t2r.train.fused import fuse
 from t2r.train.objectives import make_objective
-from t2r.train.outputs import device_name, is_current, publish_student, versions, write_summary
+from t2r.train.outputs import device_name, is_current, publish_student, write_summary
 from t2r.train.packing import Batches, Loader, PackedRows, State, validation_windows
 from t2r.train.parameters import make_trainable
 from t2r.train.progress import ProgressCallback
 from t2r.train.signals import StopSignal
 from t2r.train.trainer import StageTrainer, save_weights
+from t2r.versions import versions
 
 logger = logging.getLogger(__name__)
 
