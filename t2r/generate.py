@@ -11,6 +11,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from t2r.errors import InputError
 from t2r.model import StudentCache
+from t2r.model.decoding import RecordedStep, can_record
 
 PREFILL_TOKENS = 4096  # a longer prompt goes through the model in pieces of this many tokens
 _CONTEXT = 8  # tokens before a new one that may change how it is spelled
@@ -75,6 +76,7 @@ def generate(
         logits, cache = _forward(model, piece, cache)
     token = pick(logits)
     told.prefill_seconds = time.perf_counter() - start
+    step = RecordedStep(model) if can_record(model, cache) else model
     for count in range(1, max_new_tokens + 1):
         told.new_tokens = count
         number = int(token)
@@ -83,7 +85,7 @@ def generate(
         if number in ends or count == max_new_tokens:
             break
         start = time.perf_counter()
-        logits, cache = _forward(model, token[None], cache)
+        logits, cache = _forward(step, token[None], cache)
         token = pick(logits)
         told.decode_seconds += time.perf_counter() - start
     told.state_bytes = _bytes(cache)

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from t2r.model.cache import StudentCache, softmax_kind
 from t2r.model.configuration import T2RLlamaConfig, T2RMistralConfig, T2RQwen2Config, T2RQwen3Config
+from t2r.model.decoding import RecordedStep, can_record
 from t2r.model.mixers import MIXERS, Mixer, layer_generator, parse_options
 from t2r.model.sequence import SequenceInfo
 
@@ -150,6 +151,16 @@ class StudentForCausalLM(StudentPreTrained):
             model_kwargs["past_key_values"] = StudentCache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def _valid_auto_compile_criteria(self: Any, model_kwargs: dict, generation_config: Any) -> bool:
+        # where `generate` would compile a model with a static cache, it records a student's decoding step instead
+        wants_more = generation_config.output_attentions or generation_config.output_hidden_states
+        allowed = not (generation_config.disable_compile or wants_more)
+        return allowed and can_record(self, model_kwargs.get("past_key_values"))
+
+    def get_compiled_call(self: Any, compile_config: Any = None) -> RecordedStep:
+        """For `generate`: the decoding step of one generation, as a CUDA graph."""
+        return RecordedStep(self)
 
 
 class T2RMistralModel(StudentModel, MistralModel):

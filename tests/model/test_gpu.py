@@ -1,4 +1,5 @@
-"""Every mixer in bfloat16 on a GPU, as near to float32 as bfloat16 comes, however the sequence is cut or padded."""
+"""Every mixer in bfloat16 on a GPU, as near to float32 as bfloat16 comes, however the sequence is cut or padded, and
+decoding the same whether its step is recorded or not."""
 
 import copy
 
@@ -70,3 +71,32 @@ def test_pieces_and_left_padding_change_little(pair, mixer, tokens):
     for row in range(3):
         seen = mask[row] == 1
         assert distance(whole[row, seen.cuda()], exact(text[row][seen][None], use_cache=False).logits[0]) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=["greedy", "beams", "chunks"]
+)
+def test_a_recorded_step_is_the_step(pair, mixer, tokens, options, monkeypatch):
+    """generate replays a CUDA graph; it says the same without one."""
+    rounded = pair(mixer)[1]
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
+    text = tokens(2, 30).cuda()
+    mask = torch.ones_like(text)
+    mask[1, :13] = 0
+    wanted = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    wanted |= {"attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
+    recorded = rounded.generate(text, **wanted)
+    constant = None not in rounded.config.mixers
+    assert bool(replays) == constant
+    replays.clear()
+    plain = rounded.generate(text, disable_compile=True, **wanted)
+    assert not replays
+    assert torch.equal(recorded.sequences, plain.sequences)
+    assert distance(torch.stack(recorded.logits), torch.stack(plain.logits)) < 1e-3
+    if constant:
+        assert torch.equal(recorded.past_key_values.seen, plain.past_key_values.seen)
+        for a, b in zip(recorded.past_key_values.layers, plain.past_key_values.layers, strict=True):
+            assert all(distance(x, y) < 1e-3 for x, y in zip(a.states, b.states, strict=True))
