@@ -16,6 +16,11 @@ from t2r_evals.schema import Comparison, Example, ModelResult
 CONFIDENCE = 0.95
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of `values` [N]; infinite for one item."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
 def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
     """Mean of `differences` [N] with its 95% Student t interval: (mean, low, high). One item: the interval is
     (-inf, inf), for it says nothing about spread."""
@@ -23,7 +28,7 @@ def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
     count = len(differences)
     if count < 2:
         return mean, -math.inf, math.inf
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(count)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * standard_error(differences)
     return mean, mean - half, mean + half
 
 
@@ -50,7 +55,6 @@ def compare_values(
     model: str,
     baseline: str,
     chance: float | None = None,
-    baseline_stderr: float | None = None,
     higher_is_better: bool = True,
 ) -> Comparison:
     """Compare values [N] of the same N items. `wins` are items on which `model` is better.
@@ -63,7 +67,7 @@ def compare_values(
     losses = int((sign * (model_values - baseline_values) < 0).sum())
     binary = bool(np.isin(model_values, (0.0, 1.0)).all() and np.isin(baseline_values, (0.0, 1.0)).all())
     value, base = float(model_values.mean()), float(baseline_values.mean())
-    above = chance is not None and base - 2 * (baseline_stderr or 0.0) > chance
+    above = chance is not None and base - 2 * standard_error(baseline_values) > chance
     return Comparison(
         measurement=measurement,
         metric=metric,
@@ -115,7 +119,6 @@ def compare_pair(model: ModelResult, baseline: ModelResult) -> list[Comparison]:
                 model=model.name,
                 baseline=baseline.name,
                 chance=result.chance if metric.higher_is_better else None,
-                baseline_stderr=baseline.tasks[task].metrics[result.primary].stderr,
                 higher_is_better=metric.higher_is_better,
             )
         )

@@ -20,11 +20,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from t2r_evals.cloze import context_length
 from t2r_evals.errors import InputError
 from t2r_evals.offline import offline_data, tree_key
-from t2r_evals.schema import TaskMetric, TaskResult
+from t2r_evals.schema import TaskResult
 from t2r_evals.suites import TaskSpec, resolve_tasks
+from t2r_evals.task_results import sample_rows, samples_of, task_result
 
 # Task definitions of our own: beside this package in a checkout, with t2r in an installation.
 OWN_TASKS = next(
@@ -35,9 +38,6 @@ OWN_TASKS = next(
     ),
     None,
 )
-
-# The metric that tables show, where a suite names none: the first of these that the task reports.
-_PRIMARY = ("acc_norm", "acc", "exact_match", "contains", "f1", "word_perplexity")
 
 
 def run_tasks(
@@ -224,116 +224,36 @@ def _run_one(harness: Any, spec: TaskSpec, loaded: Any, *, limit: int | None, se
     names = [spec.task] if spec.task in output["results"] else list(output["samples"])
     results, rows = {}, []
     for name in names:
-        leaves = list(output["samples"]) if name not in output["samples"] else [name]
-        samples = [(leaf, sample) for leaf in leaves for sample in output["samples"][leaf]]
-        result = _task_result(name, leaves, output, samples, spec, limit, harness, seconds)
+        samples = samples_of(name, output)
+        result = task_result(
+            name,
+            output,
+            samples,
+            spec,
+            limit=limit,
+            max_length=harness.max_length,
+            truncated=harness.truncated,
+            seconds=seconds,
+        )
         results[name] = result.model_dump()
-        rows += _rows(name, samples)
+        rows += sample_rows(name, samples)
     return {"results": results, "rows": rows}
 
 
 def _seed_all(seed: int) -> None:
-    import numpy
     import torch
 
     random.seed(seed)
-    numpy.random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-def _task_result(
-    name: str,
-    leaves: list[str],
-    output: Any,
-    samples: list,
-    spec: TaskSpec,
-    limit: int | None,
-    harness: Any,
-    seconds: float,
-) -> TaskResult:
-    scores = output["results"][name]
-    better: dict[str, bool] = {}
-    for leaf in leaves:
-        better |= output["higher_is_better"].get(leaf) or {}
-    metrics = {}
-    for key, value in scores.items():
-        metric, _, filter_name = key.partition(",")
-        if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        stderr = scores.get(f"{metric}_stderr,{filter_name}")
-        metrics[_metric_name(metric, filter_name)] = TaskMetric(
-            value=value,
-            stderr=stderr if isinstance(stderr, int | float) else None,
-            higher_is_better=bool(better.get(metric, True)),
-        )
-    primary = next((m for wanted in (spec.metric, *_PRIMARY) for m in metrics if m.split(",")[0] == wanted), None)
-    documents = {(leaf, sample["doc_id"]) for leaf, sample in samples}
-    return TaskResult(
-        metrics=metrics,
-        primary=primary or next(iter(metrics)),
-        chance=_chance(output, samples),
-        version=str(output["versions"].get(name, output["versions"].get(leaves[0]))),
-        shots=int(output["n-shot"].get(name, output["n-shot"].get(leaves[0], 0))),
-        documents=len(documents),
-        limit=limit,
-        max_length=harness.max_length,
-        truncated=harness.truncated,
-        seconds=seconds,
-    )
-
-
-def _metric_name(metric: str, filter_name: str) -> str:
-    return metric if filter_name == "none" else f"{metric},{filter_name}"
-
-
-def _chance(output: Any, samples: list) -> float:
-    """Expected accuracy of guessing: mean of 1 / choices over multiple-choice documents, 0 for anything else."""
-    chances = []
-    for leaf, sample in samples:
-        choice = output["configs"][leaf].get("output_type") == "multiple_choice"
-        chances.append(1 / len(sample["filtered_resps"]) if choice else 0.0)
-    return sum(chances) / max(len(chances), 1)
-
-
-def _rows(name: str, samples: list) -> list[dict[str, Any]]:
-    rows = []
-    for leaf, sample in samples:
-        responses = sample["filtered_resps"]
-        for metric in sample["metrics"]:
-            value = sample[metric]
-            if not isinstance(value, bool | int | float):
-                continue  # Corpus metrics (word perplexity, F1 over pairs) have no value per document.
-            rows.append(
-                {
-                    "task": name,
-                    "document": f"{leaf}/{sample['doc_id']}",
-                    "doc_hash": sample["doc_hash"],
-                    "metric": _metric_name(metric, sample["filter"]),
-                    "value": float(value),
-                    "prompt": str(sample["arguments"][0][0])[-600:],
-                    "target": str(sample["target"])[:300],
-                    "response": _response(sample["arguments"], responses)[:300],
-                }
-            )
-    return rows
-
-
-def _response(arguments: list, responses: list) -> str:
-    """What the model answered: the generated text, or the continuation it found likeliest."""
-    first = responses[0]
-    if isinstance(first, str):
-        return first
-    if len(responses) > 1 and isinstance(first, list | tuple):
-        likeliest = max(range(len(responses)), key=lambda index: responses[index][0])
-        return str(arguments[likeliest][1])
-    return ""
-
-
 def _fingerprint(model: Any) -> str:
-    """Changes when any weight does (fp64 sums by name), without hashing gigabytes."""
+    """Changes when the configuration or any weight does (fp64 sums by name), without hashing gigabytes."""
     import torch
 
-    digest = hashlib.sha256()
+    # Not the weights alone: two windows of softmax attention over the same teacher differ only here.
+    digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, parameter in model.named_parameters():
         total = parameter.detach().sum(dtype=torch.float64).item()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total!r}\n".encode())
@@ -342,18 +262,20 @@ def _fingerprint(model: Any) -> str:
 
 @contextmanager
 def _quiet() -> Any:
-    """lm-eval warns once per truncated prompt and per default it fills in; we count the one and record the other.
-    `datasets` draws a bar per file."""
+    """lm-eval warns once per truncated prompt and per default it fills in; we count the one and record the other. The
+    Hub's client warns of every attempt to connect; what comes of them is told. `datasets` draws a bar per file."""
     import datasets
 
-    lm_eval_logger = logging.getLogger("lm_eval")
-    level = lm_eval_logger.level
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
     bars = datasets.are_progress_bars_disabled()
-    lm_eval_logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        lm_eval_logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()

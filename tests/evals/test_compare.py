@@ -38,11 +38,13 @@ def test_recovered(value: float, baseline: float, chance: float, expected: float
 
 def test_teacher_near_chance_leaves_recovered_blank(report: schema.Report) -> None:
     flat = np.array([1.0, 0.0, 0.0, 0.0] * 10)
-    found = compare.compare_values(
-        flat, flat, measurement="t", metric="acc", model="a", baseline="b", chance=0.2, baseline_stderr=0.07
-    )
+    told = {"measurement": "t", "metric": "acc", "model": "a", "baseline": "b"}
+    # 10 of 40 right: 0.25 with a standard error of 0.069
+    found = compare.compare_values(flat, flat, **told, chance=0.2)
     assert found.recovered is None
     assert (found.wins, found.losses, found.ties) == (0, 0, 40)
+    assert compare.compare_values(flat, flat, **told, chance=0.1).recovered == 1.0
+    assert compare.compare_values(flat[:1], flat[:1], **told, chance=0.1).recovered is None  # one item has no error
 
 
 def test_report_pairs_every_model_with_the_teacher(report: schema.Report) -> None:

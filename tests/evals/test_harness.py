@@ -1,11 +1,13 @@
 """lm-eval tasks from a local data tree, with a model of two layers."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from t2r_evals import EvaluationOptions, InputError, evaluate, harness
+from t2r_evals import EvaluationOptions, InputError, compare, evaluate, harness
 from t2r_evals.offline import offline_data, tree_key
 from t2r_evals.suites import SUITES, TaskSpec, resolve_tasks
 
@@ -48,6 +50,10 @@ def test_generation_offline_with_truncation_counted(model: Any, tokenizer: Any, 
     assert result.truncated == 2  # a byte-level tokenizer makes these passages longer than 124 tokens
     assert result.chance == 0
     assert {row["metric"] for row in rows} == {"contains"}
+    # lm-eval gives none for a task with its own aggregation
+    assert result.metrics["contains"].stderr == pytest.approx(
+        compare.standard_error(np.array([r["value"] for r in rows]))
+    )
 
 
 def test_finished_tasks_are_not_run_again(
@@ -61,6 +67,18 @@ def test_finished_tasks_are_not_run_again(
     assert capsys.readouterr().err == "winogrande (task 1 of 1): evaluated before, kept\n"
     run(model, tokenizer, hub, spec, limit=3, folder=tmp_path)
     assert "kept" not in capsys.readouterr().err
+
+
+def test_the_same_weights_in_another_configuration_are_another_model(
+    model: Any, tokenizer: Any, hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As window-only controls of one teacher are, which differ in the window alone."""
+    other = copy.deepcopy(model)
+    other.config.sliding_window = 16
+    spec = TaskSpec("winogrande", "acc", 0)
+    for one in (model, other):
+        run(one, tokenizer, hub, spec, limit=1, folder=tmp_path)
+        assert "kept" not in capsys.readouterr().err
 
 
 def test_group_is_one_result_and_its_documents_keep_apart(
