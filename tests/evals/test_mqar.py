@@ -105,7 +105,7 @@ def softmax(mixer: str, width: int) -> torch.nn.Module:
 
 def test_attention_learns_it_and_the_sweep_keeps_the_best() -> None:
     torch.manual_seed(0)
-    results = sweep(softmax, ["softmax"], [64], SMALL, learning_rates=(1e-6, 3e-3))
+    results = list(sweep(softmax, ["softmax"], [64], SMALL, learning_rates=(1e-6, 3e-3)))
     assert results[0].lr == 3e-3
     assert results[0].accuracy > 0.9
     assert best_results(results) == results[:1]
@@ -177,7 +177,7 @@ def test_command_writes_table_and_figure(tmp_path: Path) -> None:
     from t2r.cli.bench_mqar import command
 
     small = "--widths 16 --lr 1e-3 --short-conv 4 --length 16 --pairs 2 --vocabulary 16"
-    small += " --examples 64 --epochs 1 --batch-size 32"
+    small += " --examples 64 --epochs 2 --batch-size 32 --heads 2 --curriculum 8:1"
     mixers = "softmax gsa:style=paper,slots=8"
     arguments = ["--output", str(tmp_path / "out"), "--mixers", mixers, *f"{small} --device cpu --jobs 2".split()]
     run = CliRunner().invoke(command, arguments, catch_exceptions=False)
@@ -187,6 +187,9 @@ def test_command_writes_table_and_figure(tmp_path: Path) -> None:
     assert len(trials.splitlines()) == 2 + 2
     record = json.loads((tmp_path / "out" / "mqar.json").read_text())
     assert [r["mixer"] for r in record["results"]] == [r["mixer"] for r in record["best"]] == mixers.split()
-    assert "<svg" in (tmp_path / "out" / "mqar.svg").read_text()
+    assert record["options"]["heads"] == 2
+    assert all("<svg" in (tmp_path / "out" / name).read_text() for name in ("mqar.svg", "curves.svg"))
     refused = CliRunner().invoke(command, [*arguments[:3], "softmax gsa:slotz=8", *arguments[4:]])
     assert "slots" in str(refused.exception)
+    refused = CliRunner().invoke(command, [*arguments, "--curriculum", "8"])
+    assert "length:pairs" in str(refused.exception)

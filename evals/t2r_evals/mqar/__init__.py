@@ -6,11 +6,12 @@ the value at each. Small models are trained from scratch on it: accuracy against
 
 from t2r_evals.mqar.convolution import add_short_convolutions
 from t2r_evals.mqar.examples import Examples, MqarOptions, make_examples
-from t2r_evals.mqar.sweep import PAPER_LEARNING_RATES, best_results, draw, sweep
-from t2r_evals.mqar.training import MqarResult, accuracy, train
+from t2r_evals.mqar.sweep import PAPER_LEARNING_RATES, best_results, draw, draw_curves, sweep
+from t2r_evals.mqar.training import Epoch, MqarResult, accuracy, train
 
 __all__ = [
     "PAPER_LEARNING_RATES",
+    "Epoch",
     "Examples",
     "MqarOptions",
     "MqarResult",
@@ -18,6 +19,7 @@ __all__ = [
     "add_short_convolutions",
     "best_results",
     "draw",
+    "draw_curves",
     "make_examples",
     "sweep",
     "train",

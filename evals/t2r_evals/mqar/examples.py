@@ -25,7 +25,7 @@ class MqarOptions(Record):
         epochs: passes over `train_examples`; training stops early at `enough` accuracy.
         minutes: time for one model; the learning rate is annealed to its end where that comes before the last epoch.
         warmup: steps over which the learning rate rises from 0.
-        compile: train through torch.compile.
+        compile: train through torch.compile, but for the lessons of a curriculum.
     """
 
     vocabulary: int = Field(8192, ge=4)

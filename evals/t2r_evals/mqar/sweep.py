@@ -1,8 +1,8 @@
 """MQAR over mixers, widths and learning rates."""
 
 import multiprocessing
-from collections.abc import Callable, MutableMapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ def sweep(
     learning_rates: Sequence[float] = PAPER_LEARNING_RATES,
     device: Any = "cpu",
     jobs: int = 1,
-) -> list[MqarResult]:
-    """Every model that was trained: each mixer and width with each learning rate, from the second rate on, which most
-    often suffices. As soon as one reaches `options.enough`, its mixer and width are done: running trainings end with
-    their epoch, waiting ones are left out.
+) -> Iterator[MqarResult]:
+    """Every model that was trained, as it ends: each mixer and width with each learning rate, from the second rate on,
+    which most often suffices. As soon as one reaches `options.enough`, its mixer and width are done: running trainings
+    end with their epoch, waiting ones are left out.
 
     Args:
         build: (mixer, width) -> an untrained model; for `jobs` above 1 it must be importable by other processes.
@@ -36,14 +36,13 @@ def sweep(
     cells = [(mixer, width, lr) for lr in rates for mixer in mixers for width in widths]
     if jobs == 1:
         done: dict[str, bool] = {}
-        found = [_train_cell(build, cell, options, device, done) for cell in cells]
-    else:
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        with context.Manager() as manager, ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
-            shared = manager.dict()
-            futures = [pool.submit(_train_cell, build, cell, options, device, shared) for cell in cells]
-            found = [future.result() for future in futures]
-    return [result for result in found if result is not None]
+        yield from filter(None, (_train_cell(build, cell, options, device, done) for cell in cells))
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with context.Manager() as manager, ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+        shared = manager.dict()
+        futures = [pool.submit(_train_cell, build, cell, options, device, shared) for cell in cells]
+        yield from filter(None, (future.result() for future in as_completed(futures)))
 
 
 def best_results(results: Sequence[MqarResult]) -> list[MqarResult]:
@@ -87,5 +86,22 @@ def draw(results: Sequence[MqarResult], options: MqarOptions) -> str:
         x_label="width (log scale)",
         y_label="accuracy, %",
         x_log=True,
+        from_zero=True,
+    )
+
+
+def draw_curves(results: Sequence[MqarResult], options: MqarOptions) -> str:
+    """Accuracy over the minutes of training as SVG, one line per model: of the lesson of the moment, then of the
+    setting itself."""
+    series = []
+    for color, result in enumerate(results):
+        label = f"{result.mixer}, width {result.width}, {result.lr:.2g}"
+        minutes = [epoch.seconds / 60 for epoch in result.curve]
+        series.append(Series(label, minutes, [100 * epoch.accuracy for epoch in result.curve], color % 8))
+    return line_chart(
+        series,
+        title=f"MQAR, {options.length} tokens, {options.pairs} pairs: accuracy in training",
+        x_label="minutes",
+        y_label="accuracy, %",
         from_zero=True,
     )

@@ -17,6 +17,7 @@ from t2r_evals.schema import Record
 
 _LINE_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 _EAGER_STEPS = 3  # before a CUDA graph is captured: kernels are compiled and buffers made
+_TEST_BATCHES = 4  # batches of training that are tested at a time
 
 
 class Epoch(Record):
@@ -79,7 +80,7 @@ def train(
             done = max((epoch + index / len(batches)) / options.epochs, _share_of_time(start, options))
             rise = min(1.0, steps / max(options.warmup, 1))
             step(train_set.rows(rows), lr * rise * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
-        right = accuracy(model, test_set, lesson.batch_size, device)
+        right = accuracy(model, test_set, _TEST_BATCHES * lesson.batch_size, device)
         now = time.perf_counter()
         curve.append(Epoch(length=lesson.length, pairs=lesson.pairs, accuracy=right, seconds=now - start))
         progress.set_postfix(pairs=lesson.pairs, accuracy=f"{right:.3f}")
@@ -96,7 +97,7 @@ def train(
             train_set, test_set = _sets(lesson, device)
     progress.close()
     if lessons:
-        right = accuracy(model, _sets(options, device)[1], options.batch_size, device)
+        right = accuracy(model, _sets(options, device)[1], _TEST_BATCHES * options.batch_size, device)
     return MqarResult(
         mixer=mixer,
         width=width,
@@ -139,7 +140,9 @@ class _Step:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=self.lr, weight_decay=options.weight_decay, fused=True, capturable=self.on_gpu
         )
-        self.logits = torch.compile(_logits, dynamic=False) if options.compile else _logits
+        # The lessons of a curriculum, each of another shape, are over before their compilation would pay.
+        self.compiled = torch.compile(_logits, dynamic=False) if options.compile else _logits
+        self.compiled_for = options.batch_size, options.length
         self.eager_steps: Counter[torch.Size] = Counter()
         self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Examples]] = {}
         # One pool for all graphs: no two of them run at a time, and nothing in it outlives a step.
@@ -171,8 +174,9 @@ class _Step:
 
     def _run(self, batch: Examples) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        compute = self.compiled if batch.ids.shape == self.compiled_for else _logits
         with _autocast(self.device):
-            logits = self.logits(self.model, batch)
+            logits = compute(self.model, batch)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.answers.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
