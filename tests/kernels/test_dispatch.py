@@ -59,10 +59,3 @@ def test_auto_says_that_float64_does_without_triton(caplog):
     with FakeTensorMode(), caplog.at_level(logging.WARNING, "t2r_kernels"):
         assert dispatch.choose("gsa", "auto", (torch.empty(2, device="cuda", dtype=torch.float64),)) == "torch"
     assert "it does not compute in float64" in caplog.text
-
-
-def test_more_slots_than_a_tile_holds_do_without_triton(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    x, log_alpha = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 257)
-    with pytest.raises(ValueError, match="gsa: backend='triton' cannot run: 257 slots, more than 256"):
-        gsa(x, x, x, log_alpha, backend="triton")

@@ -42,6 +42,14 @@ def test_other_types(width, slots, dtype, seed):
     check(gsa_inputs("clock", seed, tokens=100, dtype=dtype, **sizes), seed)
 
 
+@pytest.mark.parametrize("gate", ["mild", "clock"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("width", "slots", "group"), [(64, 496, 4), (64, 257, 1), (128, 512, 4), (80, 1000, 2)])
+def test_more_slots_than_a_tile_holds(width, slots, group, dtype, gate, seed):
+    sizes = {"dim_k": width, "dim_v": width, "slots": slots, "group": group, "heads": 1, "batch": 2}
+    check(gsa_inputs(gate, seed, tokens=333, dtype=dtype, **sizes), seed)
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 7, 8, 16, 20])
 def test_every_group_in_bf16(group, seed):
     sizes = {"dim_k": 64, "dim_v": 128, "slots": 64, "group": group, "heads": 2, "batch": 2}

@@ -5,13 +5,14 @@ On a machine without a GPU these run in Triton's interpreter, in float32 and at 
 """
 
 import os
+from importlib import import_module
 
 import pytest
 import torch
 
 from t2r_kernels import gsa, gsa_step
 
-from .cases import DOCUMENTS, GATES, LENGTHS, compare, gsa_call, gsa_inputs, reference, run
+from .cases import DOCUMENTS, GATES, LENGTHS, compare, gsa_call, gsa_inputs, reference, run, some_visible
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -49,6 +50,16 @@ def test_groups(group, seed):
 @pytest.mark.parametrize(("dim_k", "dim_v", "slots"), [(40, 24, 16), (80, 96, 20), (16, 80, 33)])
 def test_sizes_that_are_no_powers_of_two(dim_k, dim_v, slots, seed):
     check(gsa_inputs("clock", seed, tokens=40, batch=1, heads=1, dim_k=dim_k, dim_v=dim_v, slots=slots), seed)
+
+
+@pytest.mark.parametrize("documents", [None, (0, 1, 20, 0)], ids=["visible", "packed"])
+def test_more_slots_than_a_tile_holds(documents, monkeypatch, seed):
+    monkeypatch.setattr(import_module("t2r_kernels.gsa.triton.ops"), "MOST_SLOTS", 16)
+    inputs = gsa_inputs("zero every third", seed, tokens=19, documents=documents, heads=1, slots=21)
+    visible = None if documents else some_visible("random", seed, 19, None, slots=21)
+    want = run(gsa_call(gsa, documents, backend="naive", visible=visible), reference(inputs), seed)
+    visible = None if documents else visible.to(DEVICE)
+    compare(run(gsa_call(gsa, documents, backend="triton", visible=visible), on_device(inputs), seed), want, FLOAT32)
 
 
 def test_every_element_is_written(monkeypatch, seed):

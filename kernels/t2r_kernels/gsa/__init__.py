@@ -11,8 +11,6 @@ from .gates import gsa_gates
 from .naive import State, gsa_naive, gsa_step_torch
 from .ops import gsa_operator
 
-MOST_SLOTS = 256  # of a head, in triton; a decoding step has no such limit
-
 
 def gsa(
     q: Tensor,
@@ -57,7 +55,7 @@ def gsa(
     dispatch.check_shape("gsa", "log_alpha", log_alpha, (*k.shape[:3], None), "[B, T, H, M]")
     _check_state("gsa", initial_state, sequences, q, k, v, log_alpha)
     _check_visible("gsa", visible, k)
-    chosen = dispatch.choose("gsa", backend, (q, k, v, log_alpha), _too_many_slots(log_alpha))
+    chosen = dispatch.choose("gsa", backend, (q, k, v, log_alpha))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     args = (q, k, v, log_alpha, scale, initial_state, output_final_state, cu_seqlens, visible)
     # where it is watched torch's path is an operator too; by itself it can keep more for its backward pass
@@ -111,12 +109,6 @@ def gsa_step(
         return _gsa_step_triton(q, k, v, log_alpha, state, scale, visible)
     with dispatch.without_autocast(q.device):
         return gsa_step_torch(q, k, v, log_alpha, state, scale, visible)
-
-
-def _too_many_slots(log_alpha: Tensor) -> str | None:
-    """A tile holds all slots of a head in registers; beyond these it would spill, and compile for minutes."""
-    slots = log_alpha.shape[-1]
-    return f"{slots} slots, more than {MOST_SLOTS}" if slots > MOST_SLOTS else None
 
 
 def _gsa_step_triton(*args):

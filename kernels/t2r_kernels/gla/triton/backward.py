@@ -173,9 +173,9 @@ def plain_gradient_kernel(
 
 
 def gated_gradients(
-    r, p, y, x, write, gate, states, dstates, scale, want_dr, cu_seqlens, plan: Plan, chunks: Chunks, chunk: int
+    r, p, y, x, write, gate, states, dstates, scale, want_dr, cu_seqlens, plan: Plan, chunks: Chunks, chunk: int, dtype
 ):  # fmt: skip
-    """dr (or None), dy, and the gradients of gate and write weights in fp32 (or None)."""
+    """In `dtype` dr (or None) and dy, and the gradients of gate and write weights in fp32 (or None)."""
     B, T, H = y.shape[:3]
     width, slices, options = launch.fit(launch.GATED_GRADIENT, plan, plan.R, plan.X)
 
@@ -183,7 +183,7 @@ def gated_gradients(
         width = plan.R if plan.kind == ROWS.value else parts
         return None if given is None else torch.empty(B, T, H, width, dtype=torch.float32, device=y.device)
 
-    dr, dy = torch.empty_like(r) if want_dr else None, torch.empty_like(y)
+    dr, dy = torch.empty_like(r, dtype=dtype) if want_dr else None, torch.empty_like(y, dtype=dtype)
     gate_parts = slices + tile_slices(plan)[1]
     dgate, dwrite, dy_tiles = small(gate, gate_parts), small(write, slices), None
     if gate is not None:
@@ -198,9 +198,9 @@ def gated_gradients(
     return dr, dy, dgate, dwrite
 
 
-def plain_gradient(r, p, y, x, write, gate, pairs, dstates, scale, plan: Plan, chunks: Chunks, chunk: int):
-    """dx."""
-    dx = torch.empty_like(x)
+def plain_gradient(r, p, y, x, write, gate, pairs, dstates, scale, plan: Plan, chunks: Chunks, chunk: int, dtype):
+    """dx in `dtype`."""
+    dx = torch.empty_like(x, dtype=dtype)
     width, slices, options = launch.fit(launch.PLAIN_GRADIENT, plan, plan.X, plan.R)
     plain_gradient_kernel[(chunks.count * plan.heads, slices)](
         r, p, y, write, gate, pairs, dstates, dx, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,

@@ -98,18 +98,20 @@ def _launch(
     )  # fmt: skip
 
 
-def read_plain(r, y, x, write, gate, pairs, states, scale, plan: Plan, chunks: Chunks, chunk: int) -> torch.Tensor:
-    """[B, T, HQ, X] in r's dtype: scale * sum over i <= t of (r_t . D(i, t) w_i y_i) x_i, from `states` on."""
-    out = torch.empty(*r.shape[:3], plan.X, dtype=r.dtype, device=r.device)
+def read_plain(
+    r, y, x, write, gate, pairs, states, scale, plan: Plan, chunks: Chunks, chunk: int, dtype
+) -> torch.Tensor:
+    """[B, T, HQ, X] in `dtype`: scale * sum over i <= t of (r_t . D(i, t) w_i y_i) x_i, from `states` on."""
+    out = torch.empty(*r.shape[:3], plan.X, dtype=dtype, device=r.device)
     width, slices, options = launch.fit(launch.PLAIN, plan, plan.X, plan.R)
     widths = (pad(plan.R), width)
     _launch(plain_kernel, r, y, x, write, gate, pairs, states, out, scale, plan, chunks, chunk, widths, slices, options)
     return out
 
 
-def read_gated(p, y, x, write, gate, states, scale, plan: Plan, chunks: Chunks, chunk: int) -> torch.Tensor:
-    """[B, T, HQ, R] in p's dtype: scale * sum over i <= t of (p_t . x_i) D(i, t) w_i y_i, from `states` on."""
-    out = torch.empty(*p.shape[:3], plan.R, dtype=p.dtype, device=p.device)
+def read_gated(p, y, x, write, gate, states, scale, plan: Plan, chunks: Chunks, chunk: int, dtype) -> torch.Tensor:
+    """[B, T, HQ, R] in `dtype`: scale * sum over i <= t of (p_t . x_i) D(i, t) w_i y_i, from `states` on."""
+    out = torch.empty(*p.shape[:3], plan.R, dtype=dtype, device=p.device)
     width, slices, options = launch.fit(launch.GATED, plan, plan.R, plan.X)
     widths = (width, pad(plan.X))
     _launch(gated_kernel, p, y, x, write, gate, None, states, out, scale, plan, chunks, chunk, widths, slices, options)

@@ -1,6 +1,7 @@
 """What one call launches: the forward and the backward pass as sequences of kernels."""
 
-from torch import Tensor, empty_like, float32
+import torch
+from torch import Tensor
 
 from ...gsa.triton.common import Chunks, find_chunks
 from . import launch
@@ -27,16 +28,18 @@ def run_forward(
     cu_seqlens: Tensor | None,
     gate: str | None,
     scale: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """o; writes `final` if given. All tensors are contiguous."""
+    """o, in `dtype` or q's; writes `final` if given. All tensors are contiguous."""
+    dtype = dtype or q.dtype
     plan, chunks = _plan(q, k, v, gate, cu_seqlens)
     swapped = gate == "value"
     y, x = (v, k) if swapped else (k, v)
     states, _ = states_of(y, x, write, log_decay, initial, final, plan, chunks, launch.CHUNK, swapped)
     if swapped:
-        return read_gated(q, y, x, write, log_decay, states, scale, plan, chunks, launch.CHUNK)
+        return read_gated(q, y, x, write, log_decay, states, scale, plan, chunks, launch.CHUNK, dtype)
     pairs = pair_scores(q, y, write, log_decay, scale, cu_seqlens, plan, chunks)
-    return read_plain(q, y, x, write, log_decay, pairs, states, scale, plan, chunks, launch.CHUNK)
+    return read_plain(q, y, x, write, log_decay, pairs, states, scale, plan, chunks, launch.CHUNK, dtype)
 
 
 def run_backward(
@@ -51,23 +54,25 @@ def run_backward(
     cu_seqlens: Tensor | None,
     gate: str | None,
     scale: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk, dv, and in fp32 the gradients of log_decay, write and the initial state (None without them). All tensors
-    are contiguous."""
+    """dq, dk, dv in `dtype` or q's, and in fp32 the gradients of log_decay, write and the initial state (None without
+    them). All tensors are contiguous."""
+    dtype = dtype or q.dtype
     plan, chunks = _plan(q, k, v, gate, cu_seqlens)
     swapped = gate == "value"
     r, p, y, x = (do, q, v, k) if swapped else (q, do, k, v)
-    dinitial = None if initial is None else empty_like(initial, dtype=float32)
+    dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
     place = (plan, chunks, launch.CHUNK)
     states, gamma = states_of(y, x, write, log_decay, initial, None, *place, swapped)
     dstates = gradients_of(r, p, log_decay, gamma, scale, dfinal, dinitial, *place, swapped)
     dr, dy, dgate, dwrite = gated_gradients(
-        r, p, y, x, write, log_decay, states, dstates, scale, not swapped, cu_seqlens, *place
+        r, p, y, x, write, log_decay, states, dstates, scale, not swapped, cu_seqlens, *place, dtype
     )  # fmt: skip
     pairs = pair_scores(r, y, write, log_decay, scale, cu_seqlens, plan, chunks)
-    dx = plain_gradient(r, p, y, x, write, log_decay, pairs, dstates, scale, *place)
+    dx = plain_gradient(r, p, y, x, write, log_decay, pairs, dstates, scale, *place, dtype)
     if swapped:
-        dq, dk, dv = read_plain(r, y, x, write, log_decay, pairs, states, scale, *place), dx, dy
+        dq, dk, dv = read_plain(r, y, x, write, log_decay, pairs, states, scale, *place, dtype), dx, dy
     else:
         dq, dk, dv = dr, dy, dx
     return dq, dk, dv, dgate, dwrite, dinitial
