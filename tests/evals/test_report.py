@@ -8,13 +8,15 @@ import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from t2r_evals import InputError, load_report, render_html, render_markdown, schema, write_report
-from t2r_evals.compare import compare_all
+from t2r_evals.compare import compare_all, compare_values
 from t2r_evals.merge import merge_reports
-from t2r_evals.report import formats
+from t2r_evals.report import facts, formats, tables
 from t2r_evals.report.plots import figures
+from t2r_evals.report.verdict import verdict
 from tests.evals.conftest import task_result
 
 
@@ -156,11 +158,46 @@ def test_runs_side_by_side_share_their_teacher(report: schema.Report) -> None:
     assert "b: student" in render_html(merged)
 
 
+def test_runs_side_by_side_keep_their_own_teachers_and_controls(report: schema.Report) -> None:
+    """One run has tasks, the other has none and read other text: nothing of the one is measured by the other."""
+    report = report.model_copy(update={"comparisons": compare_all(report.results)})
+    other = []
+    for result in report.results:
+        assert result.language is not None
+        language = result.language.model_copy(update={"loss": result.language.loss + 1, "data_sha256": "1" * 64})
+        other.append(result.model_copy(update={"tasks": {}, "samples": [], "language": language}))
+    bare = report.model_copy(update={"results": other, "comparisons": compare_all(other)})
+    merged = merge_reports({"bare": bare, "full": report})
+    student = next(result for result in merged.results if result.name == "full: student")
+    teacher = facts.teacher_of(merged, student)
+    assert teacher is not None
+    assert teacher.name == "full: teacher"
+    alone = next(result for result in report.results if result.name == "student")
+    assert facts.excess(merged, student) == facts.excess(report, alone)
+    said = " ".join(verdict(merged))
+    assert "than full: no training" in said
+    first, second = (line for line in verdict(merged) if line.startswith("Against the controls"))
+    assert ("full: " in first, "bare: " in second) == (False, False)
+    assert render_html(merged)
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(None, "–"), (12, "12 B"), (1024, "1 KiB"), (2 * 2**20, "2 MiB"), (1030 * 2**20, "1.01 GiB")]
 )
 def test_sizes(value: float | None, text: str) -> None:
     assert formats.size(value) == text
+
+
+def test_what_a_table_leaves_blank_sorts_last(report: schema.Report) -> None:
+    one = compare_values(
+        np.array([1.0]), np.array([0.5]), measurement="copy", metric="acc", model="student", baseline="teacher"
+    )
+    control = one.model_copy(update={"baseline": "no training", "recovered": 0.5})
+    for table in (tables.comparison_table, tables.control_comparison_table):
+        found = table(report.model_copy(update={"comparisons": [one, control]}))
+        assert found is not None
+        for cell in found.rows[0]:
+            assert (cell.text == formats.BLANK) == (cell.key is None)
 
 
 PROBE = """<!doctype html><body><script>

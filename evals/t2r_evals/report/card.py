@@ -50,7 +50,8 @@ def card_table(report: Report) -> str:
     Raises:
         ValueError: the report has no student.
     """
-    student, teacher = _student(report), facts.teacher_of(report)
+    student = _student(report)
+    teacher = facts.teacher_of(report, student)
     rows = []
     if student.language is not None:
         other = teacher.language.loss if teacher and teacher.language else None

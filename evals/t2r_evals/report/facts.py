@@ -3,8 +3,11 @@
 from t2r_evals.schema import Comparison, ModelResult, Report, Role
 
 
-def teacher_of(report: Report) -> ModelResult | None:
-    return next(iter(report.by_role("teacher")), None)
+def teacher_of(report: Report, model: ModelResult | None = None) -> ModelResult | None:
+    """The teacher that `model` was compared with: runs side by side may have one each. Otherwise the first."""
+    teachers = {result.name: result for result in report.by_role("teacher")}
+    named = [c.baseline for c in report.comparisons or [] if model is not None and c.model == model.name]
+    return next((teachers[name] for name in [*named, *teachers] if name in teachers), None)
 
 
 def colors(report: Report) -> dict[str, int]:
@@ -45,7 +48,7 @@ def task_average(result: ModelResult, tasks: list[str]) -> float:
 
 def average_recovered(report: Report, model: ModelResult, tasks: list[str]) -> float | None:
     """Of the teacher's average above chance, the model's share; None where a task's own share would be noise."""
-    teacher = teacher_of(report)
+    teacher = teacher_of(report, model)
     pairs = [comparison_of(report, model, name) for name in tasks]
     if teacher is None or not pairs or any(pair is None or pair.recovered is None for pair in pairs):
         return None
@@ -53,8 +56,9 @@ def average_recovered(report: Report, model: ModelResult, tasks: list[str]) -> f
     return (task_average(model, tasks) - chance) / (task_average(teacher, tasks) - chance)
 
 
-def excess(model: ModelResult, teacher: ModelResult | None) -> float | None:
+def excess(report: Report, model: ModelResult) -> float | None:
     """Loss above the teacher's in nats per token; None unless both read the same tokens."""
+    teacher = teacher_of(report, model)
     if teacher is None or model.language is None or teacher.language is None or model is teacher:
         return None
     if model.language.data_sha256 != teacher.language.data_sha256:

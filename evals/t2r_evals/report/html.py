@@ -48,11 +48,11 @@ def render_html(report: Report) -> str:
 
 def tiles(report: Report) -> list[Tile]:
     """The few numbers to remember, of the first student."""
-    student, teacher = next(iter(report.by_role("student")), None), facts.teacher_of(report)
+    student = next(iter(report.by_role("student")), None)
     if student is None:
         return []
     found = []
-    distance = facts.excess(student, teacher)
+    distance = facts.excess(report, student)
     if distance is not None:
         found.append(Tile(f.signed(distance), "nats per token against the teacher"))
     pairs = [facts.comparison_of(report, student, name) for name in student.tasks]
@@ -74,7 +74,7 @@ def tiles(report: Report) -> list[Tile]:
                 "state per sequence" + (", beside a KV cache" if student.kv_bytes_per_token else ", at any length"),
             )
         )
-    cross = facts.crossover(student, teacher)
+    cross = facts.crossover(student, facts.teacher_of(report, student))
     if cross is not None:
         found.append(Tile(f"{cross:,}", "tokens from which it needs less memory"))
     return found

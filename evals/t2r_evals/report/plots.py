@@ -28,13 +28,13 @@ def figures(report: Report) -> list[Figure]:
 
 
 def _excess_bars(report: Report) -> Figure | None:
-    teacher, color = facts.teacher_of(report), facts.colors(report)
+    color = facts.colors(report)
     bars = []
     for result in report.results:
-        distance = facts.excess(result, teacher)
+        distance = facts.excess(report, result)
         if distance is not None:
             bars.append(Bar(result.name, distance, color[result.name]))
-    if not bars or teacher is None:
+    if not bars:
         return None
     caption = "Loss above the teacher on held-out text (lower is better)"
     svg = bar_chart(bars, title=caption, x_label="nats per token above the teacher", value_format=lambda v: f"{v:.3f}")
@@ -70,7 +70,7 @@ def _positions(report: Report) -> list[Figure]:
     read = [r for r in report.results if r.language is not None]
     if not read:
         return []
-    color, teacher = facts.colors(report), facts.teacher_of(report)
+    color = facts.colors(report)
     made = []
     series = []
     for r in read:
@@ -83,7 +83,8 @@ def _positions(report: Report) -> list[Figure]:
     made.append(Figure("loss-by-position", "position", caption, _position_chart(series, caption, "nats per token")))
     series = []
     for r in read:
-        if facts.excess(r, teacher) is None or teacher is None or teacher.language is None or r.language is None:
+        teacher = facts.teacher_of(report, r)
+        if facts.excess(report, r) is None or teacher is None or teacher.language is None or r.language is None:
             continue
         pairs = list(zip(r.language.loss_by_position, teacher.language.loss_by_position, strict=True))
         series.append(Series(r.name, [a.end for a, _ in pairs], [a.loss - b.loss for a, b in pairs], color[r.name]))

@@ -55,14 +55,13 @@ def language_table(report: Report) -> Table | None:
     read = [r for r in report.results if r.language is not None]
     if not read:
         return None
-    teacher = facts.teacher_of(report)
     with_kl = any(r.language and r.language.kl_to_teacher is not None for r in read)
     columns = ["model", "loss", "above teacher", "perplexity", "bits/byte", "far-repeat loss", "above teacher (far)"]
     rows = []
     for result in read:
         spoken = result.language
         assert spoken is not None
-        distance = facts.excess(result, teacher)
+        teacher, distance = facts.teacher_of(report, result), facts.excess(report, result)
         far = None
         if distance is not None and teacher and teacher.language and spoken.far_repeat_loss is not None:
             far_teacher = teacher.language.far_repeat_loss
@@ -196,7 +195,10 @@ def _comparisons(report: Report, comparisons: list[Comparison]) -> Table | None:
     for c in comparisons:
         is_share = c.measurement != "language" and 0 <= c.baseline_value <= 1 and 0 <= c.model_value <= 1
         scale, show = (100.0, "{:+.1f}") if is_share else (1.0, "{:+.3f}")
-        interval = f"{show.format(scale * c.low)} to {show.format(scale * c.high)}" if c.items > 1 else f.BLANK
+        interval = Cell(f.BLANK)
+        if c.items > 1:
+            interval = Cell(f"{show.format(scale * c.low)} to {show.format(scale * c.high)}", c.low)
+        recovered = c.recovered if c.baseline in teachers else None
         rows.append(
             [
                 Cell(c.measurement, c.measurement),
@@ -204,13 +206,13 @@ def _comparisons(report: Report, comparisons: list[Comparison]) -> Table | None:
                 Cell(c.baseline, c.baseline),
                 Cell(f"{c.items:,}", c.items),
                 Cell(show.format(scale * c.difference), c.difference),
-                Cell(interval, c.low),
+                interval,
                 Cell(f"{c.wins:,}", c.wins),
                 Cell(f"{c.losses:,}", c.losses),
                 Cell(f"{c.ties:,}", c.ties),
                 Cell(f.percent((c.wins + c.ties) / c.items), (c.wins + c.ties) / c.items),
                 Cell(f.p_value(c.mcnemar_p), c.mcnemar_p),
-                Cell(f.percent(c.recovered if c.baseline in teachers else None), c.recovered),
+                Cell(f.percent(recovered), recovered),
             ]
         )
     columns = ["measurement", "model", "against", "items", "difference", "95% interval", "better", "worse", "same"]

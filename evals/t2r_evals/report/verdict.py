@@ -10,12 +10,11 @@ UNTRAINED = "no training"  # how a run calls the converted model before any trai
 def verdict(report: Report) -> list[str]:
     """The findings in sentences, the most important first."""
     said = []
-    teacher = facts.teacher_of(report)
     students = report.by_role("student")
     if report.conversion is not None:
-        said.append(_conversion_sentence(report, teacher))
+        said.append(_conversion_sentence(report, facts.teacher_of(report)))
     for student in students:
-        distance = facts.excess(student, teacher)
+        teacher, distance = facts.teacher_of(report, student), facts.excess(report, student)
         if distance is None or student.language is None or teacher is None or teacher.language is None:
             continue
         pair = facts.comparison_of(report, student, "language")
@@ -28,10 +27,11 @@ def verdict(report: Report) -> list[str]:
             f"{cost}{_subject(student, bool(cost))} reads held-out text at {student.language.loss:.3f} nats per token, "
             f"{_away(distance)} the teacher's {teacher.language.loss:.3f}{interval}."
         )
-        said += _control_sentences(report, student, teacher, distance)
+        said += _control_sentences(report, student, distance)
     for student in students:
-        said += _task_sentences(report, student, teacher)
+        said += _task_sentences(report, student, facts.teacher_of(report, student))
     for student in students[:1]:
+        teacher = facts.teacher_of(report, student)
         cross = facts.crossover(student, teacher)
         if cross is not None and student.state_bytes is not None:
             grows = student.kv_bytes_per_token
@@ -49,7 +49,7 @@ def verdict(report: Report) -> list[str]:
 def _task_sentences(report: Report, student: ModelResult, teacher: ModelResult | None) -> list[str]:
     """The average over the tasks beside the teacher's, and where the difference is more than noise."""
     tasks = facts.averaged_tasks(report)
-    if teacher is None or not tasks or not student.tasks:
+    if teacher is None or not tasks or not student.tasks or not teacher.tasks:
         return []
     mine, other = (facts.task_average(result, tasks) for result in (student, teacher))
     share = facts.average_recovered(report, student, tasks)
@@ -112,19 +112,20 @@ def _conversion_sentence(report: Report, teacher: ModelResult | None) -> str:
     return f"{source} was converted to {c.mixer}{layers}{new}."
 
 
-def _control_sentences(report: Report, student: ModelResult, teacher: ModelResult, distance: float) -> list[str]:
-    known = [(control, facts.excess(control, teacher)) for control in report.by_role("control")]
-    controls = [(control, value) for control, value in known if value is not None]
+def _control_sentences(report: Report, student: ModelResult, distance: float) -> list[str]:
+    controls, said = [], []
+    for control in report.by_role("control"):
+        pair = facts.comparison_of(report, student, "language", control)
+        value = facts.excess(report, control)
+        if pair is None or value is None:
+            continue
+        how = "not clearly better"
+        if pair.high < 0 or pair.low > 0:
+            how = f"{abs(distance - value):.3f} {'better' if distance < value else 'worse'}"
+        controls.append((control, value))
+        said.append(f"{how} than {control.name} ({value:+.3f})")
     if not controls:
         return []
-    said = []
-    for control, value in controls:
-        pair = facts.comparison_of(report, student, "language", control)
-        sure = pair is not None and (pair.high < 0 or pair.low > 0)
-        how = (
-            f"{abs(distance - value):.3f} {'better' if distance < value else 'worse'}" if sure else "not clearly better"
-        )
-        said.append(f"{how} than {control.name} ({value:+.3f})")
     found = [f"Against the controls (loss above the teacher): {', '.join(said)}."]
     found += [
         _closed_gap(report, value, distance)
