@@ -1,4 +1,4 @@
-"""Write the tables of docs/mistral-7b.md from what `t2r bench train --output` measured.
+"""Write the tables of docs/mistral-7b.md from what `t2r bench train` and `t2r bench decode` measured.
 
 python docs/mistral_7b.py [--price 3.5]      # reads docs/mistral-7b/*.json and the shipped recipes
 """
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from t2r.recipe import load_recipe
+from t2r_evals.speed import crossover
 
 PAGE = Path(__file__).parent / "mistral-7b.md"
 FOLDER = Path(__file__).parent / "mistral-7b"
 CURVES = "curves.json"
+DECODING = "decode.json"
 RECIPES = ("gsa-mistral-7b-lora", "gsa-mistral-7b", "gsa-mistral-7b-paper")
 GPUS = (1, 8, 64)
 Row = dict[str, Any]
@@ -24,8 +26,10 @@ Row = dict[str, Any]
 def measured() -> Iterator[Row]:
     """Every row of every file, with the run's own facts."""
     for path in sorted(FOLDER.glob("*.json")):
+        if path.name in (CURVES, DECODING):
+            continue
         record = json.loads(path.read_text())
-        for row in record["rows"] if path.name != CURVES else []:
+        for row in record["rows"]:
             facts = {key: record[key] for key in ("processes", "machine", "versions", "matrix_flops_per_second")}
             yield {**row, **facts, "gather": record["options"].get("gather"), "layers": record["options"]["layers"]}
 
@@ -139,6 +143,78 @@ def efficiency(rows: list[Row]) -> float:
     return two["tokens_per_second"] / one["tokens_per_second"] / 2 if one and two else float("nan")
 
 
+def decoding() -> dict[tuple[str, int], list[Row]]:
+    """Rows of one model and context: batch 1, then the largest."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in json.loads((FOLDER / DECODING).read_text())["rows"]:
+        if not row.get("launched"):
+            found.setdefault((row["model"], row["context"]), []).append(row)
+    return found
+
+
+def one_sequence() -> list[str]:
+    lines = ["| context | | first token | prefill, tokens/s | `generate`, tokens/s | one step | cache | peak memory |"]
+    lines += ["|---:|---|---:|---:|---:|---:|---:|---:|"]
+    rows = decoding()
+    for context in sorted({context for _, context in rows}):
+        for model in ("teacher", "student"):
+            row = rows[model, context][0]
+            lines.append(
+                f"| {f'{context:,}' if model == 'teacher' else ''} | {model} "
+                f"| {1000 * row['first_token_seconds']:,.0f} ms "
+                f"| {row['prefill_tokens_per_second']:,.0f} | {row['decode_tokens_per_second']:,.1f} "
+                f"| {1000 * row['step_seconds']:.2f} ms | {_bytes(row['state_bytes'])} | {_bytes(row['peak_bytes'])} |"
+            )
+    return lines
+
+
+def many_sequences() -> list[str]:
+    lines = ["| context | teacher: sequences | tokens/s | cache | student: sequences | tokens/s | states | ratio |"]
+    lines += ["|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    rows = decoding()
+    for context in sorted({context for _, context in rows}):
+        pair = [rows[model, context][-1] for model in ("teacher", "student")]
+        cells = [f"{row['batch']:,} | {row['tokens_per_second']:,.0f} | {_bytes(row['state_bytes'])}" for row in pair]
+        ratio = pair[1]["tokens_per_second"] / pair[0]["tokens_per_second"]
+        lines.append(f"| {context:,} | {' | '.join(cells)} | {ratio:.1f} x |")
+    return lines
+
+
+def crossings() -> list[str]:
+    """From which context on the student is ahead, of what one sequence costs."""
+    rows = decoding()
+    contexts = sorted({context for _, context in rows})
+    lines = ["| the student is ahead from | context |", "|---|---:|"]
+    measures = {
+        "first token": lambda row: row["first_token_seconds"],
+        "decoding by `generate`": lambda row: 1 / row["decode_tokens_per_second"],
+        "one step by itself": lambda row: row["step_seconds"],
+        "cache": lambda row: row["state_bytes"],
+        "peak memory": lambda row: row["peak_bytes"],
+    }
+    for name, measure in measures.items():
+        student, teacher = ([measure(rows[model, n][0]) for n in contexts] for model in ("student", "teacher"))
+        found = crossover(contexts, student, teacher)
+        said = "not up to " + f"{contexts[-1]:,}" if found is None else f"{found:,.0f}"
+        lines.append(f"| {name} | {'at most ' if found == contexts[0] else ''}{said} |")
+    return lines
+
+
+def launched() -> list[str]:
+    (slow,) = (row for row in json.loads((FOLDER / DECODING).read_text())["rows"] if row.get("launched"))
+    fast = decoding()["student", slow["context"]][0]
+    ratio = fast["decode_tokens_per_second"] / slow["decode_tokens_per_second"]
+    return [
+        f"Launched one kernel at a time (`disable_compile=True`), the student's `generate` reaches "
+        f"{slow['decode_tokens_per_second']:,.1f} tokens/s at {slow['context']:,} tokens of context: the graph is "
+        f"worth {ratio:.1f} x."
+    ]
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
+
+
 def curves() -> list[str]:
     """Runs of docs/mistral-7b/fsdp.yaml, each beside the same stage and precision on one GPU."""
     lines = ["| precision | stage | run | validation loss | largest relative difference of a step's loss |"]
@@ -178,6 +254,10 @@ def main() -> None:
             f"A GPU-hour is taken as ${price:.2f}. Two GPUs reached {efficiency(rows):.3f} of twice one GPU's rate."
         ],
         "curves": curves(),
+        "one-sequence": one_sequence(),
+        "many-sequences": many_sequences(),
+        "crossings": crossings(),
+        "launched": launched(),
     }
     page = PAGE.read_text()
     for name, lines in tables.items():

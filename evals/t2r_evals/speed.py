@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from t2r_evals.schema import SpeedPoint
 
 logger = logging.getLogger(__name__)
-_LONG = 10.0  # seconds
+_LONG = 3.0  # seconds
 
 
 def measure_speed(
@@ -35,7 +35,7 @@ def measure_speed(
         contexts: prompt lengths in tokens.
         decode_tokens: tokens that the decoding rate is measured over.
         largest_batch: on a GPU, batches are doubled up to this as long as they fit; 1 measures batch 1 alone.
-        repeats: at most; no further one is started after ten seconds.
+        repeats: at most; no further one is started after three seconds.
         options: further settings of `generate`.
     """
     progress = tqdm(contexts, desc="speed", unit="context", leave=False, disable=None)

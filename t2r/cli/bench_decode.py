@@ -17,7 +17,6 @@ from t2r.cli import bench_config
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="New tokens.")
 @click.option("--largest-batch", type=click.IntRange(1), default=8192, show_default=True, help="To look for, on a GPU.")
 @click.option("--repeats", type=click.IntRange(1), default=2, show_default=True, help="The fastest counts.")
-@click.option("--launched", is_flag=True, help="generate launches a student's steps one kernel at a time.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file for all of it.")
@@ -28,12 +27,14 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
     MODELS are folders or Hub ids; without any, a teacher of --config and its student get random weights on the device.
     A step by itself is a CUDA graph, replayed: for the teacher too, whose `generate` has none, on a cache that stands
     at its length and is not copied to grow. Peak memory is that of the prompt and the decoding, beside the weights.
+    "launched" is `generate` without the student's own graph, at the first context.
     """
     import json
 
     import torch
 
-    from t2r.model import load
+    from t2r.model import StudentCache, load
+    from t2r.model.decoding import can_record
     from t2r.publish import write_whole
     from t2r.train.speed import random_model
     from t2r_evals.provenance import machine, versions
@@ -49,28 +50,29 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
     click.echo(
         "model    context  batch  first token  prefill/s  generate/s    one step     steps/s  cache MiB  peak GiB"
     )
-    settings = {"disable_compile": True} if options["launched"] else {}
+    spoken = {"decode_tokens": options["tokens"], "repeats": options["repeats"]}
     for name in models or configs:
         model = (
             load(name, dtype=dtype, device=str(target))[0]
             if models
             else random_model(configs[name], dtype, target).eval()
         )
+        recorded = hasattr(model.config, "mixers") and can_record(model, StudentCache(model.config))
         for context in contexts:
-            points = []
+            points: list[dict[str, Any]] = []
             try:
-                (spoken,) = measure_speed(
-                    model, [context], decode_tokens=options["tokens"], repeats=options["repeats"], **settings
-                )
-                alone = measure_step(model, context, 1)
-                points.append(spoken.model_dump() | alone.model_dump())
+                if recorded and context == contexts[0]:
+                    (point,) = measure_speed(model, [context], disable_compile=True, **spoken)
+                    points.append(point.model_dump() | {"launched": True})
+                (point,) = measure_speed(model, [context], **spoken)
+                points.append(point.model_dump() | measure_step(model, context, 1).model_dump())
                 empty(target)
                 if target.type == "cuda" and options["largest_batch"] > 1:
                     points.append(measure_largest_step(model, context, options["largest_batch"]).model_dump())
             except torch.OutOfMemoryError:
                 click.echo(f"{Path(name).name:8} {context:7,}  does not fit")
-            for point in points:
-                record["rows"].append({"model": Path(name).name, **point})
+            for row in points:
+                record["rows"].append({"model": Path(name).name, **row})
                 click.echo(_line(record["rows"][-1]))
             empty(target)
             if output is not None:
@@ -86,10 +88,13 @@ def _line(row: dict[str, Any]) -> str:
             f"{1000 * row['first_token_seconds']:9,.0f} ms {row['prefill_tokens_per_second']:10,.0f} "
             f"{row['decode_tokens_per_second']:11,.1f}"
         )
+    alone = f"{'launched':>23}"
+    if "step_seconds" in row:
+        alone = f"{1000 * row['step_seconds']:8.2f} ms {row['tokens_per_second']:11,.1f}"
     peak = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**30:9.2f}"
     return (
-        f"{row['model']:8} {row['context']:7,} {row['batch']:6} {said} {1000 * row['step_seconds']:8.2f} ms "
-        f"{row['tokens_per_second']:11,.1f} {row['state_bytes'] / 2**20:10,.1f} {peak}"
+        f"{row['model']:8} {row['context']:7,} {row['batch']:6} {said} {alone} "
+        f"{row['state_bytes'] / 2**20:10,.1f} {peak}"
     )
 
 
