@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from t2r_evals.compare import standard_error
 from t2r_evals.errors import InputError
 from t2r_evals.schema import RecallPoint, TaskMetric, TaskResult
 
@@ -65,11 +67,10 @@ def run_synthetic(
     for task in TASKS:
         mine = [(item, right, loss) for item, (right, loss) in zip(made, scored, strict=True) if item.task == task]
         count = len(mine)
-        accuracy = sum(right for _, right, _ in mine) / count
-        spread = sum((right - accuracy) ** 2 for _, right, _ in mine) / max(count - 1, 1)
+        accuracy = np.array([right for _, right, _ in mine])
         results[task] = TaskResult(
             metrics={
-                "acc": TaskMetric(value=accuracy, stderr=(spread / count) ** 0.5),
+                "acc": TaskMetric(value=accuracy.mean(), stderr=standard_error(accuracy) if count > 1 else None),
                 "answer_loss": TaskMetric(value=sum(loss for _, _, loss in mine) / count, higher_is_better=False),
             },
             primary="acc",

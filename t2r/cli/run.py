@@ -226,7 +226,8 @@ def _measure_one(
         largest_batch=recipe.evaluate.largest_batch,
         seed=recipe.seed,
     )
-    key = _key(path, options.model_dump_json(), *(documents or []))
+    with_teacher = "alone" if teacher is None else "beside its teacher"
+    key = _key(path, options.model_dump_json(), with_teacher, *(documents or []))
     file = folder.evaluation / f"{name.replace(' ', '-')}.json"
     if file.is_file() and (stored := json.loads(file.read_text()))["key"] == key:
         _say(f"{name}: measured before, kept")

@@ -178,7 +178,8 @@ def test_runs_side_by_side_keep_their_own_teachers_and_controls(report: schema.R
     assert "than full: no training" in said
     first, second = (line for line in verdict(merged) if line.startswith("Against the controls"))
     assert ("full: " in first, "bare: " in second) == (False, False)
-    assert render_html(merged)
+    assert "Not all models read this text" in render_html(merged)
+    assert "Not all models" not in render_html(report)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from t2r.model import assign_mixers, parse_layers, parse_options, student_config
         ({"name": "softmax", "sinks": 2}, "needs a window"),
         ({"name": "gsa", "norm_eps": 1e-5}, "not an option of style transfer"),
         ({"name": "gsa", "style": "paper", "norm_eps": 0}, "norm_eps"),
-        ({"name": "gsa", "slots": True}, "slots.number: Input should be a valid integer"),
+        ({"name": "gsa", "slots": True}, "slots.number: Input should be a valid integer, not True"),
         ({"name": "gsa", "slots": "16"}, "slots.number: Input should be a valid integer"),
         ({"name": "gsa", "slots": 16.0}, "slots.number: Input should be a valid integer"),
         ({"name": "gsa", "clock_amplitude": True}, "clock_amplitude: Input should be a valid number"),

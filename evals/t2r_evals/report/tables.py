@@ -88,6 +88,8 @@ def language_table(report: Report) -> Table | None:
         f"{first.bytes:,} bytes). Far repeats: {first.far_repeat_tokens:,} positions whose bigram last occurred more "
         f"than {first.far_repeat_gap} tokens earlier in the window (target id above {first.far_repeat_min_id})."
     )
+    if len({r.language.data_sha256 for r in read if r.language}) > 1:
+        note += " Not all models read this text: only losses on the same text compare."
     if with_kl:
         columns += ["KL to teacher", "same top token, %"]
     return Table(columns, rows, note)

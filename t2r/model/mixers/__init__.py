@@ -58,10 +58,16 @@ def parse_options(options: Mapping[str, Any]) -> MixerOptions:
     try:
         return known(**options)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" if e["loc"] else e["msg"] for e in error.errors()
-        ]
-        raise InputError(f"mixer {name}: {'; '.join(problems).replace('Value error, ', '')}") from None
+        raise InputError(f"mixer {name}: {'; '.join(map(_problem, error.errors()))}") from None
+
+
+def _problem(found: Any) -> str:
+    """One of pydantic's errors: the option, the rule and the value; rules of our own name the value themselves."""
+    where = "".join(f"{part}." for part in found["loc"])[:-1]
+    rule = found["msg"].removeprefix("Value error, ")
+    if found["type"] != "value_error":
+        rule += f", not {found['input']!r}"
+    return f"{where}: {rule}" if where else rule
 
 
 def parse_layers(text: str, layers: int) -> list[int]:
