@@ -20,6 +20,7 @@ CURVES = "curves.json"
 DECODING = "decode.json"
 RECIPES = ("gsa-mistral-7b-lora", "gsa-mistral-7b", "gsa-mistral-7b-paper")
 GPUS = (1, 8, 64)
+PRICE = 3.5
 Row = dict[str, Any]
 
 
@@ -189,7 +190,6 @@ def crossings() -> list[str]:
         "first token": lambda row: row["first_token_seconds"],
         "decoding by `generate`": lambda row: 1 / row["decode_tokens_per_second"],
         "one step by itself": lambda row: row["step_seconds"],
-        "cache": lambda row: row["state_bytes"],
         "peak memory": lambda row: row["peak_bytes"],
     }
     for name, measure in measures.items():
@@ -239,12 +239,10 @@ def machine(rows: list[Row]) -> list[str]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--price", type=float, default=3.5, help="dollars for an hour of one GPU (an assumption)")
-    price = parser.parse_args().price
+def tables(price: float) -> dict[str, list[str]]:
+    """Every table of the page by the name of its marker."""
     rows = list(measured())
-    tables = {
+    return {
         "machine": machine(rows),
         "one": one_gpu(rows),
         "two": two_gpus(rows),
@@ -259,13 +257,22 @@ def main() -> None:
         "crossings": crossings(),
         "launched": launched(),
     }
-    page = PAGE.read_text()
-    for name, lines in tables.items():
+
+
+def written(page: str, price: float) -> str:
+    """The page with its tables."""
+    for name, lines in tables(price).items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         assert re.search(pattern, page, flags=re.DOTALL), name
         body = "\n".join(lines)
         page = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page, flags=re.DOTALL)
-    PAGE.write_text(page)
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--price", type=float, default=PRICE, help="dollars for an hour of one GPU (an assumption)")
+    PAGE.write_text(written(PAGE.read_text(), parser.parse_args().price))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class StepPoint(Record):
     state_bytes: int
 
 
-def measure_step(model: Any, context: int, batch: int, *, steps: int = 20, repeats: int = 3) -> StepPoint:
+def measure_step(model: Any, context: int, batch: int, *, steps: int = 10, repeats: int = 3) -> StepPoint:
     """The fastest of `repeats` runs of `steps` steps; on a GPU as one CUDA graph, replayed.
 
     Raises:
