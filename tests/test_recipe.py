@@ -103,6 +103,9 @@ def test_overrides_reach_lists_and_new_parts() -> None:
         ("seed=*x", "alias"),
         ("seed=[1", "not valid YAML"),
         ("seed.x=1", "override 'seed.x=1': seed"),
+        ("mixer.slots=true", "override 'mixer.slots=true': mixer.slots: input should be a valid integer, not True"),
+        ("mixer.slots=[8, a]", "mixer.slots.1: input should be a valid integer, not 'a'"),
+        ("stages.0.lr=-1", "stages.0.lr: input should be greater than or equal to 0, not -1"),
     ],
 )
 def test_bad_overrides(override: str, message: str) -> None:

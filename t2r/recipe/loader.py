@@ -155,7 +155,8 @@ def _nearest(word: str, known: list[str]) -> str:
 def _locate(location: tuple[str | int, ...], data: Any) -> tuple[KeyPath, type[BaseModel]]:
     """The key path in the file of a pydantic error location, and the section it lies in.
 
-    Pydantic adds the tag of a discriminated union, and the index of a list that the user wrote as a single item.
+    Pydantic adds the tag of a discriminated union, the index of a list that the user wrote as a single item, and the
+    keys of a section that the user wrote as a number.
     """
     path: list[str | int] = []
     candidates: list[type[BaseModel]] = [Recipe]
@@ -164,7 +165,7 @@ def _locate(location: tuple[str | int, ...], data: Any) -> tuple[KeyPath, type[B
         if len(candidates) > 1 and (tagged := [model for model in candidates if _tag(model) == part]):
             candidates = tagged
             continue
-        if isinstance(part, int) and not isinstance(node, list):
+        if not isinstance(node, list if isinstance(part, int) else dict):
             continue
         section = candidates[0]
         path.append(part)

@@ -58,16 +58,20 @@ def parse_options(options: Mapping[str, Any]) -> MixerOptions:
     try:
         return known(**options)
     except ValidationError as error:
-        raise InputError(f"mixer {name}: {'; '.join(map(_problem, error.errors()))}") from None
+        raise InputError(f"mixer {name}: {'; '.join(_problem(e, options) for e in error.errors())}") from None
 
 
-def _problem(found: Any) -> str:
+def _problem(found: Any, options: Mapping[str, Any]) -> str:
     """One of pydantic's errors: the option, the rule and the value; rules of our own name the value themselves."""
-    where = "".join(f"{part}." for part in found["loc"])[:-1]
+    where, node = [], options
+    for part in found["loc"]:
+        if isinstance(part, int) or (isinstance(node, Mapping) and part in node):  # else the tag of a union
+            where.append(str(part))
+            node = node[part]
     rule = found["msg"].removeprefix("Value error, ")
     if found["type"] != "value_error":
         rule += f", not {found['input']!r}"
-    return f"{where}: {rule}" if where else rule
+    return f"{'.'.join(where)}: {rule}" if where else rule
 
 
 def parse_layers(text: str, layers: int) -> list[int]:
