@@ -1,6 +1,8 @@
 """The fast path of gsa in Triton, which dispatch takes in bf16, run here in fp32 so that the interpreter can check it.
 
-Its factors keep what a gate forgets at 2^-13 of its weight until a tile ends; the tolerance allows for that.
+Its factors keep what a gate forgets at 2^-13 of its weight until a tile ends; the tolerance allows for that. It is widest
+for the gradient of an initial state that the first token forgets: 2^-13 of what 48 rows (token, head) read is about 5e-4,
+where `compare` allows a tenth of the tolerance.
 """
 
 import os
@@ -15,7 +17,7 @@ from .cases import DOCUMENTS, compare, gsa_call, gsa_inputs, reference, run
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs through test_triton_interpreter.py"
 )
-FORGOTTEN = 4e-3
+FORGOTTEN = 1e-2
 
 
 @pytest.fixture

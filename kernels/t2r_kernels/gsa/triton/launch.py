@@ -3,7 +3,7 @@ groups of four heads."""
 
 from typing import Any
 
-from torch import Tensor
+import triton.language as tl
 
 FORWARD = {"num_warps": 4, "num_stages": 2}
 QUERY = {"num_warps": 4, "num_stages": 3}
@@ -20,6 +20,7 @@ def for_group(options: dict[str, int], group: int) -> dict[str, int]:
     return {**options, "num_warps": 8} if group > 4 else options
 
 
+_PLAIN = frozenset({bool, int, float, type(None), tl.dtype})
 _compiled: dict[tuple, Any] = {}
 
 
@@ -29,14 +30,14 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **options: int) 
     Triton binds and examines every argument anew at each launch. A compiled kernel depends on the arguments that are no
     tensors, and of tensors on their dtype and whether they start at a multiple of 16 bytes: that is the key here.
     """
-    what = [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args]
-    key = (kernel, args[0].get_device(), *options.values(), *what)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*args)
+    what = [x if type(x) in _PLAIN else (x.dtype, x.data_ptr() % 16) for x in args]
+    key = (kernel, args[0].get_device(), grid, *options.values(), *what)
+    run = _compiled.get(key)
+    if run is not None:
+        run(*args)
         return
     compiled = kernel[grid](*args, **options)
     if compiled is not None:  # as it is in Triton's interpreter
         if len(_compiled) == 4096:  # lengths are part of the key
             _compiled.clear()
-        _compiled[key] = compiled
+        _compiled[key] = compiled[grid]

@@ -89,11 +89,12 @@ def rest_of_tile(x, CT: tl.constexpr):
 
 @triton.jit
 def gates_kernel(
-    log_alpha, high_out, low_out, read_out, write_out, gamma, bounds, T, NC, H,
-    M: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr, READS: tl.constexpr, CT: tl.constexpr,
+    log_alpha, operands, gamma, bounds, T, NC, H,
+    M: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr, PARTS: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """What the walks need of log alpha, ready as operands: per token the weight at the tile's end and, with READS, the
-    two factors of `read_factors` (the first as a sum of two bf16 numbers, the second times w); per tile its decay."""
+    """What the walks need of log alpha, ready as `operands` [B, T, H, PARTS, M]: the token's weight at the tile's end
+    and, where PARTS is 4, the two factors of `read_factors`, the second times w, the first as a sum of two bf16
+    numbers. Per tile its decay, gamma."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
@@ -104,23 +105,24 @@ def gates_kernel(
     m = tl.arange(0, BM)
     x = load_log2_alpha(log_alpha, start, stop, h, H, M, TILE, BM)
     w = write_weight(x)
-    cell = ((start + i) * H + h)[:, None] * M + m[None, :]
+    cell = operands + ((start + i) * H + h)[:, None] * (PARTS * M) + m[None, :]
     mask = ((start + i) < stop)[:, None] & (m < M)[None, :]
-    tl.store(write_out + cell, w * rest_of_tile(x, CT), mask=mask)
+    tl.store(cell, w * rest_of_tile(x, CT), mask=mask)
     tl.store(gamma + ((start // TILE + n) * H + h) * M + m, tl.exp2(tl.sum(x, 0)), mask=m < M)
-    if READS:
+    if PARTS == 4:
         row, key = read_factors(x, w, i, CT)
         high = row.to(CT)
-        tl.store(high_out + cell, high, mask=mask)
-        tl.store(low_out + cell, row - high.to(tl.float32), mask=mask)
-        tl.store(read_out + cell, w * key, mask=mask)
+        tl.store(cell + M, w * key, mask=mask)
+        tl.store(cell + 2 * M, high, mask=mask)
+        tl.store(cell + 3 * M, row - high.to(tl.float32), mask=mask)
 
 
 @triton.jit
 def walk_columns(
     x, y, gamma, states, tiles, col, start, stop, n, c, h, H, HX, G,
-    WIDTH: tl.constexpr, E: tl.constexpr, SIDE: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
-    BLOCK: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr, CT: tl.constexpr,
+    WIDTH: tl.constexpr, E: tl.constexpr, SIDE: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, BG: tl.constexpr,
+    BM: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr,
+    CT: tl.constexpr,
 ):  # fmt: skip
     """Columns [col, col + BLOCK) of K's (SIDE 0) or V's part of the state, over one segment."""
     m = tl.arange(0, BM)
@@ -136,7 +138,7 @@ def walk_columns(
     for step in range(count):
         j = (count - 1 - step) if REVERSE else step
         _, row, valid = row_offsets(start + j * TILE, stop, h, 0, HX, G, TILE, BG)
-        xb = tl.load(x + row[:, None] * M + m[None, :], mask=valid[:, None] & (m < M)[None, :], other=0.0).to(CT)
+        xb = tl.load(x + row[:, None] * STRIDE + m[None, :], mask=valid[:, None] & (m < M)[None, :], other=0.0).to(CT)
         yb = tl.load(y + row[:, None] * WIDTH + d[None, :], mask=valid[:, None] & (d < WIDTH)[None, :], other=0.0)
         tile = (start // TILE + n + j) * H + h
         decay = tl.load(gamma + tile * M + m, mask=m < M, other=1.0)
@@ -150,12 +152,13 @@ def walk_columns(
 @triton.jit
 def walk_states_kernel(
     xk, yk, xv, yv, gamma, states, total, tiles, bounds, T, NS, S, H, HX, G,
-    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
     BLOCK: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr,
     CT: tl.constexpr,
 ):  # fmt: skip
     """One (segment, head) and slice of columns of state <- gamma state + x^T y over the segment's tiles, in reverse for
-    gradients. With TILES it stores the state that each tile meets; else what the segment leaves, and its decay."""
+    gradients. Rows of x are STRIDE apart. With TILES it stores the state that each tile meets; else what the segment
+    leaves, and its decay."""
     c = tl.program_id(0) // H
     h = tl.program_id(0) - c * H
     start, stop, n = chunk_range(bounds, c, T, NS, S, PACKED)
@@ -165,13 +168,13 @@ def walk_states_kernel(
     slices: tl.constexpr = (D + BLOCK - 1) // BLOCK
     if slice_ < slices:
         walk_columns(
-            xk, yk, gamma, states, tiles, slice_ * BLOCK, start, stop, n, c, h, H, HX, G, D, D + V, 0, M, BG, BM, BLOCK,
-            REVERSE, EMPTY, TILES, CT,
+            xk, yk, gamma, states, tiles, slice_ * BLOCK, start, stop, n, c, h, H, HX, G, D, D + V, 0, M, STRIDE, BG,
+            BM, BLOCK, REVERSE, EMPTY, TILES, CT,
         )  # fmt: skip
     else:
         walk_columns(
-            xv, yv, gamma, states, tiles, (slice_ - slices) * BLOCK, start, stop, n, c, h, H, HX, G, V, D + V, D, M, BG,
-            BM, BLOCK, REVERSE, EMPTY, TILES, CT,
+            xv, yv, gamma, states, tiles, (slice_ - slices) * BLOCK, start, stop, n, c, h, H, HX, G, V, D + V, D, M,
+            STRIDE, BG, BM, BLOCK, REVERSE, EMPTY, TILES, CT,
         )  # fmt: skip
     if (not TILES) and slice_ == 0:
         m = tl.arange(0, BM)
@@ -193,14 +196,12 @@ class Walk:
         self.tiles = find_chunks(B, T, 16, cu_seqlens)
         self.tile_count = B * T // 16 + self.tiles.sequences
         self.gamma = torch.empty(self.tile_count, H, M, dtype=torch.float32, device=self.device)
-        self.write, self.high, self.low, self.read = (
-            torch.empty(B, T, H, M, dtype=self.store, device=self.device) if wanted else self.gamma
-            for wanted in (True, reads, reads, reads)
-        )
+        parts = 4 if reads else 1
+        self.operands = torch.empty(B, T, H, parts, M, dtype=self.store, device=self.device)
         launch.launch(
             gates_kernel, (self.tiles.count * H, 1, 1),
-            log_alpha, self.high, self.low, self.read, self.write, self.gamma, self.tiles.bounds, T,
-            self.tiles.per_sequence, H, M, pad(M), cu_seqlens is not None, reads, operand, num_warps=2,
+            log_alpha, self.operands, self.gamma, self.tiles.bounds, T, self.tiles.per_sequence, H, M, pad(M),
+            cu_seqlens is not None, parts, operand, num_warps=2,
         )  # fmt: skip
 
     def segments(self, length: int) -> Chunks:
@@ -222,7 +223,7 @@ class Walk:
         launch.launch(
             walk_states_kernel, (segments.count * self.H, slices, 1),
             xk, yk, xv, yv, self.gamma, states, total, tiles, segments.bounds, self.T, segments.per_sequence, length,
-            self.H, self.H * group, group, self.D, self.V, self.M, rows // 16, pad(self.M), block,
+            self.H, self.H * group, group, self.D, self.V, self.M, xk.stride(2), rows // 16, pad(self.M), block,
             segments.bounds is not None, reverse, empty, tiles is not None, self.operand, **options,
         )  # fmt: skip
 

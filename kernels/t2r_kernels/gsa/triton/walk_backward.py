@@ -234,7 +234,7 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
     group = HQ // H
     walk = Walk(log_alpha, D, V, cu_seqlens, operand, False)
-    tiles = walk.tile_states(((walk.write, k), (walk.write, v)), initial)
+    tiles = walk.tile_states(((walk.operands, k), (walk.operands, v)), initial)
 
     def empty(width, dtype):
         return torch.empty(B, T, HQ, width, dtype=dtype, device=q.device)
@@ -259,8 +259,8 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     across = [torch.empty_like(walk.gamma) for _ in range(2)]
     launch.launch(
         walk_key_kernel, (segments.count * H, 2, 1),
-        q, k, v, do, p, ds, a, da, walk.write, walk.gamma, tiles, states, dk, dv, *reads, *across, segments.bounds, T,
-        segments.per_sequence, length, H, HQ, group, *sizes, max(pad(D), pad(V)), packed, states is None, operand,
+        q, k, v, do, p, ds, a, da, walk.operands, walk.gamma, tiles, states, dk, dv, *reads, *across, segments.bounds,
+        T, segments.per_sequence, length, H, HQ, group, *sizes, max(pad(D), pad(V)), packed, states is None, operand,
         **launch.KEY,
     )  # fmt: skip
     launch.launch(

@@ -17,8 +17,15 @@ def load_state(ptr, m, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.cons
 
 
 @triton.jit
+def load_operand(operands, token, valid, part: tl.constexpr, m, M: tl.constexpr, CT: tl.constexpr):
+    """[16, BM]; which parts there are tells `gates_kernel`."""
+    mask = valid[:, None] & (m < M)[None, :]
+    return tl.load(operands + token[:, None] * (4 * M) + part * M + m[None, :], mask=mask, other=0.0).to(CT)
+
+
+@triton.jit
 def walk_forward_kernel(
-    q, k, v, visible, high, low, read, write, gamma, states, o, bounds, T, NS, S, H, HQ, G, scale_log2,
+    q, k, v, visible, operands, gamma, states, o, bounds, T, NS, S, H, HQ, G, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, EMPTY: tl.constexpr, LIMITED: tl.constexpr,
     CT: tl.constexpr,
@@ -49,10 +56,10 @@ def walk_forward_kernel(
         qb = load_rows(q, row, row_valid, D, d, CT)
         kb = load_rows(k, token, valid, D, d, CT)
         vb = load_rows(v, token, valid, V, e, CT)
-        wi = load_rows(read, token, valid, M, m, CT)
+        wi = load_operand(operands, token, valid, 1, m, M, CT)
         pick = (t[:, None] == i[None, :]).to(CT)
-        factor = tl.dot(pick, load_rows(high, token, valid, M, m, CT), input_precision="ieee")
-        factor = tl.dot(pick, load_rows(low, token, valid, M, m, CT), factor, input_precision="ieee")
+        factor = tl.dot(pick, load_operand(operands, token, valid, 2, m, M, CT), input_precision="ieee")
+        factor = tl.dot(pick, load_operand(operands, token, valid, 3, m, M, CT), factor, input_precision="ieee")
         causal = i[None, :] <= t[:, None]
         qk = tl.where(causal, tl.dot(qb, tl.trans(kb), input_precision="ieee"), 0.0).to(CT)
         s = tl.dot(qb, tl.trans((state_k * TINY).to(CT)), input_precision="ieee")
@@ -66,7 +73,7 @@ def walk_forward_kernel(
         ob = tl.dot(a, vb, ob, input_precision="ieee")
         tl.store(o + row[:, None] * V + e[None, :], ob, mask=row_valid[:, None] & (e < V)[None, :])
         decay = tl.load(gamma + (((first // TILE) + n) * H + h) * M + m, mask=m < M, other=1.0)
-        we = tl.trans(load_rows(write, token, valid, M, m, CT))
+        we = tl.trans(load_operand(operands, token, valid, 0, m, M, CT))
         state_k = tl.dot(we, kb, state_k * decay[:, None], input_precision="ieee")
         state_v = tl.dot(we, vb, state_v * decay[:, None], input_precision="ieee")
 
@@ -78,12 +85,12 @@ def walk_forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_s
     walk = Walk(log_alpha, D, V, cu_seqlens, operand, True)
     length = segment_length(T, H * (B if cu_seqlens is None else 1), q.device, launch.FORWARD_PROGRAMS)
     segments = walk.segments(length)
-    states = walk.segment_states(((walk.write, k), (walk.write, v)), initial, final, segments, length)
+    states = walk.segment_states(((walk.operands, k), (walk.operands, v)), initial, final, segments, length)
     o = torch.empty(B, T, HQ, V, dtype=q.dtype, device=q.device)
     launch.launch(
         walk_forward_kernel, (segments.count * H, 1, 1),
-        q, k, v, visible, walk.high, walk.low, walk.read, walk.write, walk.gamma, states, o, segments.bounds, T,
-        segments.per_sequence, length, H, HQ, HQ // H, scale * LOG2E,
+        q, k, v, visible, walk.operands, walk.gamma, states, o, segments.bounds, T, segments.per_sequence,
+        length, H, HQ, HQ // H, scale * LOG2E,
         D, V, M, power_of_two(HQ // H), pad(M), pad(D), pad(V),
         segments.bounds is not None, states is None, visible is not None, operand,
         **launch.for_group(launch.FORWARD, HQ // H),
