@@ -1,8 +1,8 @@
 """The fast path of gsa in Triton, which dispatch takes in bf16, run here in fp32 so that the interpreter can check it.
 
-Its factors keep what a gate forgets at 2^-13 of its weight until a tile ends; the tolerance allows for that. It is widest
-for the gradient of an initial state that the first token forgets: 2^-13 of what 48 rows (token, head) read is about 5e-4,
-where `compare` allows a tenth of the tolerance.
+Its factors keep what a gate forgets at 2^-13 of its weight until a tile ends; the tolerance allows for that. It is
+widest for the gradient of an initial state that the first token forgets: 2^-13 of what 48 rows (token, head) read is
+about 5e-4, where `compare` allows a tenth of the tolerance.
 """
 
 import os
