@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     help="greedy: one after the other, each beside those before; kl: each judged on its own.",
 )
 @click.option("--slots", type=click.IntRange(min=1), help="Place this many slots per layer, on average.")
+@click.option(
+    "--each",
+    type=click.Choice(["head", "layer"]),
+    default="head",
+    show_default=True,
+    help="What gets slots of its own: every key/value head (gsa, style transfer), or every layer.",
+)
 @click.option("--windows", type=click.IntRange(min=1), default=8, show_default=True, help="Windows of text.")
 @click.option("--window", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per window.")
 @click.option("--dtype", type=click.Choice(["recipe", "float32", "bfloat16"]), default="recipe", show_default=True)
@@ -35,6 +42,7 @@ def command(
     keep: int,
     method: str,
     slots: int | None,
+    each: str,
     windows: int,
     window: int,
     dtype: str,
@@ -47,7 +55,8 @@ def command(
     is KL(teacher || student) in nats per token. Any teacher: model.source=MODEL data.source=TEXT.
     """
     from t2r.convert.calibrate import Probe, calibration_windows
-    from t2r.convert.select import check_keep, check_slots, grouped, keep_layers, place_slots, rank, with_slots, without
+    from t2r.convert.select import check_keep, check_slots, grouped, keep_layers, place_slots, rank, without
+    from t2r.convert.select_heads import check_heads, place_heads
     from t2r.errors import InputError
     from t2r.model import assign_mixers, load
     from t2r.recipe import load_recipe
@@ -60,7 +69,7 @@ def command(
     if slots is not None and len(recipe.mixer) > 1:
         raise InputError(f"--slots: the recipe has {len(recipe.mixer)} mixers; slots are placed for one")
     if slots is not None:
-        check_slots(recipe.mixer[0], slots)
+        (check_heads if each == "head" else check_slots)(recipe.mixer[0], slots)
     documents = stream_documents(open_source(recipe.data))
     teacher, tokenizer = load(
         resolve(recipe.model.source), dtype=recipe.model.dtype if dtype == "recipe" else dtype, device=device
@@ -79,9 +88,9 @@ def command(
         (options,) = recipe.mixer
         rest = [layer for layer, entry in enumerate(entries) if entry is not None and layer not in kept]
         options = options.model_copy(update={"layers": ",".join(map(str, rest))})
-        placed = place_slots(probe, options, slots=slots, tell=_say)
-        entries = [None if number is None else with_slots(options, number) for number in placed]
-        click.echo(f"slots per layer: {', '.join('softmax' if number is None else str(number) for number in placed)}")
+        entries = (place_heads if each == "head" else place_slots)(probe, options, slots=slots, tell=_say)
+        numbers = ("softmax" if entry is None else str(entry["slots"]) for entry in entries)
+        click.echo(f"slots by layer: {'  '.join(numbers)}")
     entries = without(entries, kept)
     chosen = probe.score(entries)
     click.echo(f"chosen: KL {chosen.kl:.4f}, loss {chosen.loss:.4f} ({probe.measured} students measured)")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,12 @@ _CHUNK_NUMBERS = 1 << 25  # logits held at once, of teacher and student each
 
 
 class Score(NamedTuple):
-    """KL(teacher || student) and next-token cross-entropy of the student, means in nats per token."""
+    """KL(teacher || student) and next-token cross-entropy of the student, means in nats per token; and the KL on far
+    repeats alone (see `far_repeats`), 0 where the text has none."""
 
     kl: float
     loss: float
+    far_kl: float
 
 
 def calibration_windows(documents: Iterable[str], tokenizer: Any, *, windows: int, window: int) -> Tensor:
@@ -44,6 +47,18 @@ def calibration_windows(documents: Iterable[str], tokenizer: Any, *, windows: in
     return torch.tensor(ids[: windows * window + 1]).unfold(0, window + 1, window)
 
 
+def far_repeats(ids: Tensor, *, gap: int = 128) -> Tensor:
+    """bool [N, T] of windows ids [N, T + 1]: where input and target occurred as a pair before in the window, the last
+    time more than `gap` tokens ago. What comes next can be known there, by who remembers that far."""
+    found = torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+    for row, window in zip(found, ids.tolist(), strict=True):
+        last: dict[tuple[int, int], int] = {}
+        for position, pair in enumerate(pairwise(window)):
+            row[position] = position - last.get(pair, position) > gap
+            last[pair] = position
+    return found
+
+
 class Probe:
     """Measures a teacher with any mixers in its layers, always on the same tokens; what was measured is remembered.
 
@@ -58,8 +73,12 @@ class Probe:
         self.layers = len(teacher.model.layers)
         self._swapped = SwappedStudent(teacher, seed=seed)
         batch = max(1, _BATCH_TOKENS // (windows.shape[1] - 1))
+        far = far_repeats(windows).to(teacher.device)
         self._batches = list(windows.to(teacher.device).split(batch))
+        self._far = [part.flatten() for part in far.split(batch)]
+        self._far_count = max(1, int(far.sum()))
         self.tokens = windows[:, 1:].numel()
+        self.window = windows.shape[1] - 1
         self._known: dict[str, Score] = {}
         with torch.inference_mode():
             self._hidden = [_hidden(teacher, ids) for ids in self._batches]
@@ -75,10 +94,12 @@ class Probe:
         key = json.dumps(list(entries), sort_keys=True)
         if key not in self._known:
             student = self._swapped.set(entries)
-            sums = torch.zeros(2, dtype=torch.float64)
-            for ids, reference in zip(self._batches, self._hidden, strict=True):
-                sums += _compare(self.teacher.lm_head.weight, reference, _hidden(student, ids), ids[:, 1:].flatten())
-            self._known[key] = Score(*(sums / self.tokens).tolist())
+            sums = torch.zeros(3, dtype=torch.float64)
+            for ids, far, reference in zip(self._batches, self._far, self._hidden, strict=True):
+                hidden = _hidden(student, ids)
+                sums += _compare(self.teacher.lm_head.weight, reference, hidden, ids[:, 1:].flatten(), far)
+            counts = torch.tensor([self.tokens, self.tokens, self._far_count])
+            self._known[key] = Score(*(sums / counts).tolist())
         return self._known[key]
 
     @torch.inference_mode()
@@ -161,12 +182,13 @@ def _hidden(model: Any, ids: Tensor) -> Tensor:
     return model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
 
 
-def _compare(head: Tensor, teacher: Tensor, student: Tensor, targets: Tensor) -> Tensor:
-    """Summed KL and cross-entropy, float64 [2]. The logits are made a chunk of tokens at a time."""
+def _compare(head: Tensor, teacher: Tensor, student: Tensor, targets: Tensor, far: Tensor) -> Tensor:
+    """Summed KL, cross-entropy and KL where `far`, float64 [3]. The logits are made a chunk of tokens at a time."""
     size = max(1, _CHUNK_NUMBERS // head.shape[0])
-    sums = torch.zeros(2, dtype=torch.float64)
-    for reference, hidden, target in zip(teacher.split(size), student.split(size), targets.split(size), strict=True):
+    sums = torch.zeros(3, dtype=torch.float64)
+    for reference, hidden, target, part in zip(*(x.split(size) for x in (teacher, student, targets, far)), strict=True):
         log_p, log_q = (F.log_softmax((x @ head.T).float(), dim=-1) for x in (reference, hidden))
-        kl = (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)
-        sums += torch.stack([kl, F.nll_loss(log_q, target, reduction="sum").double()]).cpu()
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+        loss = F.nll_loss(log_q, target, reduction="sum").double()
+        sums += torch.stack([kl.sum(), loss, kl[part].sum()]).cpu()
     return sums

@@ -12,7 +12,7 @@ from t2r.model.mixers import MixerOptions, assign_mixers, parse_options
 
 Told = Callable[[str], None]
 Placed = dict[int, int]  # slots by layer
-_SMALLEST = 16  # slots
+SMALLEST = 16  # slots
 _WORTH = 1e-3  # moving slots must lower the KL by this fraction
 
 
@@ -78,9 +78,9 @@ def without(entries: Sequence[Entry], layers: Sequence[int]) -> list[Entry]:
     return [None if layer in layers else entry for layer, entry in enumerate(entries)]
 
 
-def place_slots(probe: Probe, options: MixerOptions, *, slots: int, tell: Told = print) -> list[int | None]:
-    """Slots per layer, each `slots` times a power of two, so that their mean over the mixer's layers is at most `slots`
-    and the KL small; None in the layers that the mixer is not for.
+def place_slots(probe: Probe, options: MixerOptions, *, slots: int, tell: Told = print) -> list[Entry]:
+    """The mixer of each layer, None where `options` are not for it: slots per layer, each `slots` times a power of two,
+    so that their mean is at most `slots` and the KL of the whole student small.
 
     Every layer starts with four times the mean, the most that any gets, and the layer whose halving costs least KL per
     slot saved is halved until the mean fits. From there, or from the same number everywhere where that is better, one
@@ -98,7 +98,7 @@ def place_slots(probe: Probe, options: MixerOptions, *, slots: int, tell: Told =
 
     def halving_cost(placed: Placed, i: int) -> float:
         """KL per slot saved; infinite where there is nothing to halve."""
-        if placed[i] // 2 < _SMALLEST:
+        if placed[i] // 2 < SMALLEST:
             return math.inf
         return (score(placed | {i: placed[i] // 2}).kl - score(placed).kl) / (placed[i] - placed[i] // 2)
 
@@ -127,7 +127,7 @@ def place_slots(probe: Probe, options: MixerOptions, *, slots: int, tell: Told =
         moves = [move for i in layers if (move := doubled(placed, i, costs)) is not None]
         best = min(moves, key=lambda move: score(move).kl, default=placed)
         if score(best).kl >= score(placed).kl * (1 - _WORTH):
-            return [placed.get(layer) for layer in range(probe.layers)]
+            return [with_slots(options, placed[i]) if i in placed else None for i in range(probe.layers)]
         placed = best
         tell(_told(placed, score(placed)))
 
@@ -139,13 +139,18 @@ def check_slots(options: MixerOptions, slots: int) -> None:
     """
     if not hasattr(options, "slots"):
         raise InputError(f"slots: mixer {options.name} has none to place")
-    if slots < _SMALLEST:
-        raise InputError(f"slots: a mean of {slots}, must be at least {_SMALLEST}")
+    if slots < SMALLEST:
+        raise InputError(f"slots: a mean of {slots}, must be at least {SMALLEST}")
 
 
-def with_slots(options: MixerOptions, slots: int) -> dict[str, Any]:
-    """One layer's entry of a mixer with another number of slots; a ring keeps its share of those beside the sinks."""
+def with_slots(options: MixerOptions, slots: int | Sequence[int]) -> dict[str, Any]:
+    """One layer's entry of a mixer with another number of slots, or one for each key/value head; a ring keeps its share
+    of those beside the sinks."""
     stored = options.stored()
+    if not isinstance(slots, int):
+        if len(set(slots)) > 1:
+            return parse_options(stored | {"slots": list(slots), "ring": None}).stored()
+        slots = slots[0]
     if stored.get("ring"):
         share = stored["ring"] / (stored["slots"] - stored["sinks"])
         stored["ring"] = round(share * (slots - stored["sinks"]))

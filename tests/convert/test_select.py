@@ -3,13 +3,15 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from t2r.convert import convert
-from t2r.convert.calibrate import Probe, calibration_windows, init_report
+from t2r.convert.calibrate import Probe, calibration_windows, far_repeats, init_report
 from t2r.convert.select import grouped, keep_layers, place_slots, rank, with_slots, without
+from t2r.convert.select_heads import ladder, place_heads, share_out
 from t2r.convert.swap import SwappedStudent
 from t2r.errors import InputError
 from t2r.model import assign_mixers, load, parse_options
@@ -84,7 +86,15 @@ def test_the_score_is_what_it_says(teacher, probe):
     score = probe.score(entries)
     assert score.kl == pytest.approx(kl, rel=1e-4)
     assert score.loss == pytest.approx(loss, rel=1e-4)
+    far = far_repeats(ids)
+    assert score.far_kl == pytest.approx((p.exp() * (p - q)).sum(-1)[far].mean().item(), rel=1e-4)
     assert probe.score([None] * 6).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_far_repeats_are_pairs_seen_long_before():
+    ids = torch.tensor([[7, 8, 1, 2, 3, 7, 8, 4, 7, 8]])
+    assert far_repeats(ids, gap=3).nonzero().tolist() == [[0, 5]]  # at 8 it is 3 tokens ago
+    assert far_repeats(ids, gap=2).nonzero().tolist() == [[0, 5], [0, 8]]
 
 
 def test_windows_follow_each_other_and_share_a_token(teacher):
@@ -124,20 +134,31 @@ def test_the_chosen_pair_beats_most_pairs_on_text_it_has_not_seen(probe, held_ou
     assert first.kept < probe.score(entries).kl
 
 
-def test_slots_go_where_they_are_needed(teacher, probe):
+@pytest.mark.parametrize("place", [place_slots, place_heads])
+def test_slots_go_where_they_are_needed(teacher, probe, place):
     model, tokenizer = teacher
     unseen = Probe(model, calibration_windows(texts("train")[20:], tokenizer, windows=3, window=384))
     options = small("1,2,4", slots=32)
-    placed = place_slots(probe, options, slots=32, tell=silent)
-    assert [layer for layer, slots in enumerate(placed) if slots] == [1, 2, 4]
-    assert sum(slots or 0 for slots in placed) <= 32 * 3
-    ours = [None if slots is None else with_slots(options, slots) for slots in placed]
+    ours = place(probe, options, slots=32, tell=silent)
+    assert [layer for layer, entry in enumerate(ours) if entry] == [1, 2, 4]
+    assert sum(np.mean(entry["slots"]) for entry in ours if entry) <= 32 * 3
     for text in (probe, unseen):
         assert text.score(ours).kl < 0.95 * text.score(assign_mixers(options, 6)).kl
 
 
+def test_slots_are_shared_out_by_what_they_save():
+    assert ladder(100) == [16, 24, 32, 48, 64, 96]
+    costs = {"near": [0.5, 0.1, 0.09, 0.09], "far": [0.9, 0.9, 0.8, 0.1], "none": [0.0, 0.0, 0.0, 0.0]}
+    sizes = [16, 32, 64, 128]
+    assert share_out(costs, sizes, 48) == {"near": 16, "far": 16, "none": 16}
+    assert share_out(costs, sizes, 160) == {"near": 16, "far": 128, "none": 16}
+    assert share_out(costs, sizes, 400) == {"near": 64, "far": 128, "none": 16}
+
+
 def test_a_ring_keeps_its_share():
     assert with_slots(small(slots=64), 16)["ring"] == 12
+    assert with_slots(small(slots=64), [16, 24])["slots"] == [16, 24]
+    assert with_slots(small(slots=64), [24, 24]) == with_slots(small(slots=64), 24)
     half = with_slots(small(slots=64, ring=30), 32)
     assert (half["slots"], half["sinks"], half["ring"]) == (32, 4, 14)
 
@@ -170,7 +191,7 @@ def test_the_command_writes_a_recipe_that_runs(t2r, tmp_path):
     entries = assign_mixers(recipe.mixer, 6)
     assert entries[kept] is None
     assert sum(entry is None for entry in entries) == 1
-    assert sum(entry["slots"] for entry in entries if entry) <= 16 * 5
+    assert sum(np.mean(entry["slots"]) for entry in entries if entry) <= 16 * 5
     expected = load_recipe("demo").model_dump(mode="json")
     assert recipe.model_dump(mode="json") | {"mixer": 0} == expected | {"mixer": 0}
     before = written.read_bytes()
@@ -186,6 +207,8 @@ def test_the_command_writes_a_recipe_that_runs(t2r, tmp_path):
         (["demo", "--keep", "6"], "keep: 6 layers, must be between 1 and 5"),
         (["demo", "mixer={name: gla}", "--slots", "16"], "mixer gla has none"),
         (["demo", "mixer={name: gsa}", "--slots", "8"], "must be at least 16"),
+        (["demo", "mixer={name: abc}", "--slots", "32"], "only gsa of style transfer"),
+        (["demo", "mixer={name: gsa, ring: 20}", "--slots", "32"], "without long-lived slots"),
         (["demo", "mixer=[{name: gsa, layers: 0}, {name: gla, layers: 1}]", "--slots", "64"], "has 2 mixers"),
     ],
 )

@@ -1,0 +1,92 @@
+"""How many slots each key/value head gets: decided by measuring every head alone, before any training."""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from t2r.convert.calibrate import Probe
+from t2r.convert.select import SMALLEST, Told, check_slots, with_slots
+from t2r.convert.swap import Entry
+from t2r.errors import InputError
+from t2r.model.mixers import MixerOptions, assign_mixers, parse_options
+from t2r.model.mixers.base import head_shape
+
+Key = TypeVar("Key", bound=Hashable)
+FAR_SHARE = 1 / 3  # of a head's cost is the KL on far repeats, which are some 7% of a text
+
+
+def place_heads(probe: Probe, options: MixerOptions, *, slots: int, tell: Told = print) -> list[Entry]:
+    """The mixer of each layer, None where `options` are not for it, with `slots` per key/value head on average.
+
+    A head with n slots starts as attention over n tokens. What that costs is measured head by head and size by size,
+    with everything else the teacher's, and slots are shared out so that the costs sum to the least. Alone, because
+    heads that all see little lose much that training brings back, and what a head can no longer reach it does not:
+    judged together and untrained, the short heads would be given the slots that the far one needs. For the same reason
+    far repeats count for more than their share of the text.
+
+    Raises:
+        InputError: a mixer whose heads cannot differ, or too few slots.
+    """
+    check_heads(options, slots)
+    layers = [i for i, entry in enumerate(assign_mixers(options, probe.layers)) if entry is not None]
+    _, heads, _ = head_shape(probe.teacher.config)
+    sizes = [size for size in ladder(16 * slots) if size < probe.window]
+
+    def cost(layer: int, head: int, size: int) -> float:
+        sinks = options.stored()["sinks"]
+        window = [size - sinks if i == head else probe.window for i in range(heads)]
+        entries: list[Entry] = [None] * probe.layers
+        entries[layer] = parse_options({"name": "softmax", "sinks": sinks, "window": window}).stored()
+        score = probe.score(entries)
+        return (1 - FAR_SHARE) * score.kl + FAR_SHARE * score.far_kl
+
+    costs = {}
+    for layer in layers:
+        for head in range(heads):
+            costs[layer, head] = [cost(layer, head, size) for size in sizes]
+            each = ", ".join(f"{size}: {kl:.4f}" for size, kl in zip(sizes, costs[layer, head], strict=True))
+            tell(f"layer {layer}, head {head}: cost by slots {each}")
+    placed = share_out(costs, sizes, slots * len(costs))
+    return [
+        with_slots(options, [placed[layer, head] for head in range(heads)]) if layer in layers else None
+        for layer in range(probe.layers)
+    ]
+
+
+def check_heads(options: MixerOptions, slots: int) -> None:
+    """
+    Raises:
+        InputError: a mixer whose heads cannot have slots of their own, or too few slots.
+    """
+    check_slots(options, slots)
+    stored: dict[str, Any] = options.stored()
+    ring = stored.get("ring")
+    if stored.get("style") != "transfer" or (ring is not None and stored["sinks"] + ring != stored["slots"]):
+        raise InputError(f"slots: only gsa of style transfer without long-lived slots can have them by head: {stored}")
+
+
+def ladder(most: int) -> list[int]:
+    """SMALLEST times 1, 1.5, 2, 3, 4, 6, ... up to `most`."""
+    steps = (half << power for power in range(most.bit_length()) for half in (SMALLEST, 3 * SMALLEST // 2))
+    return [size for size in steps if size <= most]
+
+
+def share_out(costs: Mapping[Key, Sequence[float]], sizes: Sequence[int], budget: int) -> dict[Key, int]:
+    """A size for each key of `costs`, which holds its cost at each of the `sizes`: those whose sum is at most `budget`
+    and whose costs sum to the least (a knapsack, by dynamic programming)."""
+    unit = math.gcd(*sizes)
+    least = np.zeros(budget // unit + 1)  # costs of the keys so far, by what is left for them
+    choices = []
+    for curve in costs.values():
+        sums = np.full((len(sizes), len(least)), np.inf)
+        for row, size, cost in zip(sums, sizes, curve, strict=True):
+            row[size // unit :] = least[: max(0, len(least) - size // unit)] + cost
+        choices.append(sums.argmin(0))
+        least = sums.min(0)
+    left, shared = len(least) - 1, {}
+    for key, choice in zip(reversed(list(costs)), reversed(choices), strict=True):
+        shared[key] = sizes[choice[left]]
+        left -= shared[key] // unit
+    return shared
