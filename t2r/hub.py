@@ -43,13 +43,21 @@ def download(source: str, patterns: Sequence[str]) -> Path:
 @contextmanager
 def told_in_one_line(source: str) -> Iterator[None]:
     """Within the block, what the Hub's client raises becomes an InputError about `source`."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would tell of every attempt to connect
     try:
-        yield
+        with quiet():
+            yield
     except LocalEntryNotFoundError as error:
         raise InputError(f"{source}: no such folder here, and the Hub cannot be reached") from error
     except (HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise InputError(f"{source}: no such folder here; the Hub says: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block, the Hub's client does not tell of every attempt to connect."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)

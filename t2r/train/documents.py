@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
+from t2r import hub
 from t2r.errors import InputError
 from t2r.recipe.schema import Data, DataSource
 from t2r.resources import resolve
@@ -61,14 +62,14 @@ def open_source(options: DataSource) -> Source:
 
 
 def check_sources(data: Data) -> None:
-    """Find training and validation text before anything is written.
+    """Find training and validation text, and read the first document of each, before anything is written.
 
     Raises:
-        InputError: as `open_source`.
+        InputError: as `open_source`, or a first document that cannot be read.
     """
     for options in (data, data.validation):
-        if options is not None:
-            open_source(options)
+        if options is not None and next(stream_documents(open_source(options)), None) is None:
+            raise InputError(f"data.source {', '.join(options.source)}: holds no document")
 
 
 def stream_documents(source: Source) -> Iterator[str]:
@@ -242,13 +243,14 @@ class HubSource:
         self.options = options
         self.name = resolve(options.source[0])
         try:
-            loaded = load_dataset(
-                self.name,
-                options.config_name,
-                split=options.split,
-                revision=options.revision,
-                streaming=options.streaming,
-            )
+            with hub.quiet():
+                loaded = load_dataset(
+                    self.name,
+                    options.config_name,
+                    split=options.split,
+                    revision=options.revision,
+                    streaming=options.streaming,
+                )
         except Exception as error:  # `datasets` raises its own, the Hub client's and plain ones for a wrong name
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"data.source {self.name}: cannot be loaded with `datasets`: {reason}") from error

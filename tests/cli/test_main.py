@@ -61,6 +61,7 @@ def test_every_verb_has_help(verb):
         (["info", "no/such/folder"], "no/such/folder"),
         (["run", "demo", "data.source=no.txt"], "data.source no.txt: no such file"),
         (["finetune", "demo", "data.validation.source=no.txt"], "data.source no.txt: no such file"),
+        (["finetune", "demo", "data.text_field=txt"], "no column 'txt'; columns are"),
         (["run", "demo", "model.source=nowhere"], "nowhere: no such folder, and not a Hub id"),
         (["finetune", "demo", "mixer={name: gsa, layers: 3-99}"], "'3-99' in '3-99' must lie in 0-5"),
     ],
