@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from t2r.convert.calibrate import Probe
+from t2r.convert.calibrate import Probe, Score
 from t2r.convert.select import SMALLEST, Told, check_slots, with_slots
 from t2r.convert.swap import Entry
 from t2r.errors import InputError
@@ -34,20 +34,20 @@ def place_heads(probe: Probe, options: MixerOptions, *, slots: int, tell: Told =
     _, heads, _ = head_shape(probe.teacher.config)
     sizes = [size for size in ladder(16 * slots) if size < probe.window]
 
-    def cost(layer: int, head: int, size: int) -> float:
+    def alone(layer: int, head: int, size: int) -> Score:
         sinks = options.stored()["sinks"]
         window = [size - sinks if i == head else probe.window for i in range(heads)]
         entries: list[Entry] = [None] * probe.layers
         entries[layer] = parse_options({"name": "softmax", "sinks": sinks, "window": window}).stored()
-        score = probe.score(entries)
-        return (1 - FAR_SHARE) * score.kl + FAR_SHARE * score.far_kl
+        return probe.score(entries)
 
     costs = {}
     for layer in layers:
         for head in range(heads):
-            costs[layer, head] = [cost(layer, head, size) for size in sizes]
-            each = ", ".join(f"{size}: {kl:.4f}" for size, kl in zip(sizes, costs[layer, head], strict=True))
-            tell(f"layer {layer}, head {head}: cost by slots {each}")
+            scores = [alone(layer, head, size) for size in sizes]
+            costs[layer, head] = [(1 - FAR_SHARE) * score.kl + FAR_SHARE * score.far_kl for score in scores]
+            each = (f"{size}: {score.kl:.4f}, {score.far_kl:.4f}" for size, score in zip(sizes, scores, strict=True))
+            tell(f"layer {layer}, head {head} alone, slots: KL, on far repeats: {'; '.join(each)}")
     placed = share_out(costs, sizes, slots * len(costs))
     return [
         with_slots(options, [placed[layer, head] for head in range(heads)]) if layer in layers else None
