@@ -217,14 +217,20 @@ def _sizes(model: Any) -> dict[str, int]:
 
 
 def hybrid_components(model: Any) -> dict[str, list[Any]] | None:
-    """The attention modules of a hybrid by kind of mixer; None for a model of one kind."""
-    from t2r.model import describe
+    """What of a hybrid can be switched off: the attention modules of each kind of mixer, or the paths within them.
+    None for a model of one kind with one path."""
+    from t2r.model import Mixer, describe
 
     if not _known(model):
         return None
     groups: dict[str, list[Any]] = {}
     for kind, layer in zip(describe(model.config)["layers"], model.model.layers, strict=True):
-        groups.setdefault(f"the {kind} layers", []).append(layer.self_attn)
+        mixer = layer.self_attn
+        paths = mixer.components() if isinstance(mixer, Mixer) else {}
+        for name, path in paths.items():
+            groups.setdefault(f"the {name} of the {kind} layers", []).append(path)
+        if not paths:
+            groups.setdefault(f"the {kind} layers", []).append(mixer)
     return groups if len(groups) > 1 else None
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from t2r_evals import EvaluationOptions, evaluate, harness
+from t2r_evals.report.verdict import idle_components
 from t2r_evals.suites import TaskSpec
 
 TEXT = "The door opened, and the old man looked at the letter upon the table for a long time before he spoke. "
@@ -69,3 +70,39 @@ def test_state_does_not_grow_with_the_context(student: Any) -> None:
 
     points = measure_speed(student[0], [16, 200], decode_tokens=2, repeats=1)
     assert {p.state_bytes for p in points} == {describe(student[0].config)["state_bytes"]}
+
+
+def test_the_halves_of_a_hybrid_layer_are_switched_off_one_by_one(embedded_teacher: Path, tmp_path: Path) -> None:
+    """With all of the share on the window, the recurrence contributes nothing, and that is said."""
+    from t2r.cli.eval import hybrid_components
+    from t2r.convert import convert
+    from t2r.model import load, parse_options
+
+    convert(str(embedded_teacher), tmp_path / "hybrid", mixers=parse_options({"name": "hybrid", "layers": "0-4"}))
+    model, tokenizer = load(tmp_path / "hybrid", dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".mix"):
+                parameter.fill_(60.0)
+    components = hybrid_components(model)
+    assert components is not None
+    options = EvaluationOptions(windows=4, window=96)
+    result = evaluate(
+        model,
+        tokenizer,
+        name="student",
+        role="student",
+        documents=[TEXT * 20],
+        options=options,
+        components=components,
+    )
+    found = {part.component: part for part in result.components}
+    assert {name: part.modules for name, part in found.items()} == {
+        "the window of the hybrid layers": 5,
+        "the gsa of the hybrid layers": 5,
+        "the softmax (host) layers": 1,
+    }
+    assert found["the gsa of the hybrid layers"].difference == 0
+    assert found["the window of the hybrid layers"].low > 0.1
+    (warning,) = idle_components(result)
+    assert "without the gsa of the hybrid layers" in warning

@@ -46,7 +46,7 @@ def component_table(report: Report) -> Table | None:
         for c in r.components
     ]
     columns = ["model", "switched off", "loss without", "rise", "95% interval", "far-repeat loss without"]
-    note = "Attention output of the component's layers set to zero; the same windows, paired."
+    note = "The component's output set to zero; the same windows of text, paired."
     return Table(columns, rows, note, [False, False, True, True, True, True]) if rows else None
 
 

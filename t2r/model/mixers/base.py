@@ -100,6 +100,10 @@ class Mixer(nn.Module):
         """Starting values of exactly the new parameters, float32 on the CPU, the same for the same generator."""
         return {}
 
+    def components(self) -> dict[str, nn.Module]:
+        """The module of each path from q, k and v to o by name, where there are several: each can be switched off."""
+        return {}
+
     def drops(self) -> list[str]:
         """Names of the host attention's tensors that the mixer does not keep."""
         return []

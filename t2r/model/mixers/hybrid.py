@@ -45,6 +45,21 @@ class _GLAHalf(_Half, GLAMixer):
 _HALVES: dict[str, type[_Half]] = {"gsa": _GSAHalf, "gla": _GLAHalf}
 
 
+class _WindowHalf(nn.Module):
+    """The window, a module too: whoever measures switches the halves off in turn."""
+
+    def __init__(self, window: Window, scaling: float) -> None:
+        super().__init__()
+        self.window, self.scaling = window, scaling
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, states: States | None, keep: bool
+    ) -> tuple[Tensor, States | None]:
+        """What o_proj takes [B, T, HQ * D] and, with `keep`, the slots after the last token."""
+        o, slots = self.window.attend(q, k, v, info, states, keep, self.scaling)
+        return o.flatten(2), slots
+
+
 class HybridOptions(MixerOptions):
     """Options of `hybrid`."""
 
@@ -79,7 +94,11 @@ class HybridMixer(Mixer):
         bare: Any = SimpleNamespace(scaling=attention.scaling)
         self.recurrent = _HALVES[options.recurrent.name](bare, config, options.recurrent, layer_idx)
         self.mix = nn.Parameter(torch.empty(self.query_heads))
-        self.window = Window(options.sinks, options.window)
+        self.window = _WindowHalf(Window(options.sinks, options.window), self.scaling)
+
+    def components(self) -> dict[str, nn.Module]:
+        """As `Mixer.components`: the two halves."""
+        return {"window": self.window, self.options.recurrent.name: self.recurrent}
 
     def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:
         """The recurrence's own, and mix 2."""
@@ -103,11 +122,11 @@ class HybridMixer(Mixer):
             hidden_states, (q, k, v), position_embeddings, info, states and states[:-2], keep
         )
         q, k = rotate(q, k, position_embeddings)
-        near, slots = self.window.attend(q, k, v, info, states and states[-2:], keep, self.scaling)
+        near, slots = self.window(q, k, v, info, states and states[-2:], keep)
         if layer is not None:
             layer.store((*(recurrent_states or ()), *(slots or ())))
         share = self.mix.float().sigmoid().to(near.dtype).repeat_interleave(self.head_dim)
-        return self.o_proj(share * near.flatten(2) + (1 - share) * far), None
+        return self.o_proj(share * near + (1 - share) * far), None
 
     @classmethod
     def state_shapes(cls, config: PreTrainedConfig, options: HybridOptions) -> list[tuple[int, ...]]:
