@@ -90,8 +90,8 @@ def command(
     """Measure MODEL (a folder or a Hub id) and write report.json, report.md and report.html to --output.
 
     The text file holds documents separated by a line with one NUL character; a file without any is one document.
-    With no suite and no task, --text alone means --suite language. A stopped evaluation goes on task by task when it
-    is started again with the same --output.
+    With no suite and no task, --text alone means --suite language. A stopped evaluation goes on when it is started
+    again with the same --output: models that were measured are kept, and of the next one its finished tasks.
 
     Without network: on a machine that has it, `t2r eval --suite A,B --make-offline-root DIR` writes the data sets of
     those suites and tasks; take DIR along and pass it as --offline-root.
@@ -124,9 +124,10 @@ def command(
     import shlex
     import time
 
-    from t2r.model import load, locate
+    from t2r.cli.measure import Measuring
+    from t2r.model import locate
     from t2r.resources import resolve
-    from t2r_evals import EvaluationOptions, Report, evaluate, write_report
+    from t2r_evals import EvaluationOptions, Report, write_report
     from t2r_evals.harness import check_tasks
     from t2r_evals.provenance import machine, versions
 
@@ -135,10 +136,11 @@ def command(
     check_tasks(options.suites, options.tasks, options.tasks_root)
     subjects: list[tuple[str, Any]] = [(baseline, "teacher")] if baseline else []
     subjects += [(model, "student"), *((control, "control") for control in controls)]
-    for source, _ in subjects:
-        locate(resolve(source))  # a name that is mistyped, before the models named ahead of it are measured
+    # All of them before any is measured: a name may be mistyped.
+    folders = [locate(resolve(source)) for source, _ in subjects]
     names = _labels([source for source, _ in subjects])
-    teacher = None
+    teacher = folders[0] if baseline and kl else None
+    measuring = Measuring(output / "evaluation", options, documents, dtype, device, teacher)
     results: list[Any] = []
     note = "Interrupted before every model was measured; the same command goes on from here."
 
@@ -159,25 +161,8 @@ def command(
         write_report(report, output)
 
     try:
-        for (source, role), name in zip(subjects, names, strict=True):
-            click.echo(f"{role} {source}", err=True)
-            loaded, tokenizer = load(resolve(source), dtype=dtype, device=device)
-            results.append(
-                evaluate(
-                    loaded,
-                    tokenizer,
-                    name=name,
-                    role=role,
-                    documents=documents,
-                    options=options,
-                    teacher=teacher,
-                    components=hybrid_components(loaded) if role == "student" else None,
-                    folder=output / "tasks" / name,
-                    **_sizes(loaded),
-                )
-            )
-            if role == "teacher" and kl:
-                teacher = loaded
+        for (_, role), name, folder in zip(subjects, names, folders, strict=True):
+            results.append(measuring.result(name, role, folder))
     except KeyboardInterrupt:
         if results:
             write([note])
@@ -198,40 +183,6 @@ def _make_tree(destination: Path, suites: tuple[str, ...], settings: dict[str, A
         specs, destination, offline_root=settings["offline_root"], tasks_root=settings["tasks_root"]
     ):
         click.echo(folder)
-
-
-def _known(model: Any) -> bool:
-    """Whether t2r knows the architecture; of any other model the cache is its own affair."""
-    from t2r.model import HOSTS
-
-    return model.config.model_type.removeprefix("t2r_") in HOSTS
-
-
-def _sizes(model: Any) -> dict[str, int]:
-    from t2r.model import describe
-
-    if not _known(model):
-        return {}
-    memory = describe(model.config)
-    return {key: memory[key] for key in ("state_bytes", "kv_bytes_per_token")}
-
-
-def hybrid_components(model: Any) -> dict[str, list[Any]] | None:
-    """What of a hybrid can be switched off: the attention modules of each kind of mixer, or the paths within them.
-    None for a model of one kind with one path."""
-    from t2r.model import Mixer, describe
-
-    if not _known(model):
-        return None
-    groups: dict[str, list[Any]] = {}
-    for kind, layer in zip(describe(model.config)["layers"], model.model.layers, strict=True):
-        mixer = layer.self_attn
-        paths = mixer.components() if isinstance(mixer, Mixer) else {}
-        for name, path in paths.items():
-            groups.setdefault(f"the {name} of the {kind} layers", []).append(path)
-        if not paths:
-            groups.setdefault(f"the {kind} layers", []).append(mixer)
-    return groups if len(groups) > 1 else None
 
 
 def _documents(path: Path) -> list[str]:

@@ -1,7 +1,5 @@
 """`t2r run`: convert, finetune, evaluate and report, each step skipped when its verified output is there."""
 
-import hashlib
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from t2r.cli.controls import teacher_finetuned, window_only
 if TYPE_CHECKING:
     from t2r.model.mixers import MixerOptions
     from t2r.recipe import Recipe, RunFolder
-    from t2r_evals import Conversion, ModelResult, Report, Sample
+    from t2r_evals import Conversion, EvaluationOptions, ModelResult, Report, Sample
     from t2r_evals.schema import Role
 
 
@@ -168,100 +166,50 @@ def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) ->
 
 def measure(recipe: "Recipe", folder: "RunFolder") -> "tuple[list[ModelResult], list[Sample]]":
     """One result per model, and the student's continuations of the recipe's prompts."""
-    from t2r.model import load
+    from t2r.cli.measure import Measuring
+    from t2r.model import locate
     from t2r.resources import resolve
 
-    models: list[tuple[str, Role, str | Path]] = [("student", "student", folder.model)]
+    models: list[tuple[str, Role, Path]] = [("student", "student", folder.model)]
     if "no-training" in recipe.evaluate.controls:
         models.append(("no training", "control", folder.converted))
     if "window-only" in recipe.evaluate.controls:
         models.append(("window only", "control", folder.controls / "window-only"))
     if "teacher-finetuned" in recipe.evaluate.controls:
         models.append(("teacher finetuned", "control", folder.controls / "teacher-finetuned" / "model"))
-    documents = _validation_documents(recipe)
-    source = resolve(recipe.model.source)
-    teacher, tokenizer = load(source, dtype=recipe.model.dtype) if recipe.evaluate.baseline else (None, None)
-    results = []
+    teacher = locate(resolve(recipe.model.source)) if recipe.evaluate.baseline else None
     if teacher is not None:
-        results.append(
-            _measure_one(recipe, folder, "teacher", "teacher", source, documents, (teacher, tokenizer), None)
-        )
-    samples: list[Sample] = []
+        models.insert(0, ("teacher", "teacher", teacher))
+    measuring = Measuring(
+        folder.evaluation, _options(recipe), _validation_documents(recipe), recipe.model.dtype, teacher=teacher
+    )
+    results, samples = [], []
     for name, role, path in models:
-        loaded = load(path, dtype=recipe.model.dtype)
-        results.append(_measure_one(recipe, folder, name, role, path, documents, loaded, teacher))
-        if role == "student":
-            samples = _samples(recipe, *loaded)
+        results.append(measuring.result(name, role, path))
+        if role == "student" and recipe.generate.prompts:
+            samples = _samples(recipe, *measuring.load(path))
     return results, samples
 
 
-def _measure_one(
-    recipe: "Recipe",
-    folder: "RunFolder",
-    name: str,
-    role: "Role",
-    path: str | Path,
-    documents: list[str] | None,
-    loaded: tuple[Any, Any],
-    teacher: Any,
-) -> "ModelResult":
-    """The stored result when it belongs to this model, these options and this text; otherwise a new one."""
-    from t2r.cli.eval import hybrid_components
-    from t2r.model import describe
-    from t2r.publish import write_whole
-    from t2r_evals import EvaluationOptions, ModelResult, evaluate
+def _options(recipe: "Recipe") -> "EvaluationOptions":
+    from t2r_evals import EvaluationOptions
 
-    options = EvaluationOptions(
-        suites=tuple(recipe.evaluate.suites),
-        tasks=tuple(recipe.evaluate.tasks),
-        limit=recipe.evaluate.limit,
-        windows=recipe.evaluate.windows,
-        window=recipe.evaluate.window,
-        batch_size=recipe.evaluate.batch_size,
-        max_length=recipe.evaluate.max_length,
-        offline_root=Path(recipe.evaluate.offline_root) if recipe.evaluate.offline_root else None,
-        recall_lengths=tuple(recipe.evaluate.recall_lengths),
-        recall_items=recipe.evaluate.recall_items,
-        contexts=tuple(recipe.evaluate.speed_contexts),
-        largest_batch=recipe.evaluate.largest_batch,
+    asked = recipe.evaluate
+    return EvaluationOptions(
+        suites=tuple(asked.suites),
+        tasks=tuple(asked.tasks),
+        limit=asked.limit,
+        windows=asked.windows,
+        window=asked.window,
+        batch_size=asked.batch_size,
+        max_length=asked.max_length,
+        offline_root=Path(asked.offline_root) if asked.offline_root else None,
+        recall_lengths=tuple(asked.recall_lengths),
+        recall_items=asked.recall_items,
+        contexts=tuple(asked.speed_contexts),
+        largest_batch=asked.largest_batch,
         seed=recipe.seed,
     )
-    with_teacher = "alone" if teacher is None else "beside its teacher"
-    key = _key(path, options.model_dump_json(), with_teacher, *(documents or []))
-    file = folder.evaluation / f"{name.replace(' ', '-')}.json"
-    if file.is_file() and (stored := json.loads(file.read_text()))["key"] == key:
-        _say(f"{name}: measured before, kept")
-        return ModelResult.model_validate(stored["result"])
-    _say(f"{name}: measuring")
-    memory = describe(loaded[0].config)
-    result = evaluate(
-        *loaded,
-        name=name,
-        role=role,
-        documents=documents,
-        options=options,
-        state_bytes=memory["state_bytes"],
-        kv_bytes_per_token=memory["kv_bytes_per_token"],
-        teacher=teacher,
-        components=hybrid_components(loaded[0]) if role == "student" else None,
-        folder=folder.evaluation / f"{name.replace(' ', '-')}-{key[:12]}" if options.suites or options.tasks else None,
-    )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps({"key": key, "result": result.model_dump(mode="json")}))
-    return result
-
-
-def _key(path: str | Path, *parts: str) -> str:
-    """What a stored result depends on: the model's files but its card (or its name), the options, the text."""
-    from t2r.publish import MANIFEST
-
-    manifest = Path(path) / MANIFEST
-    files = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
-    sums = [f"{name} {file['sha256']}" for name, file in sorted(files.items()) if name != "README.md"]
-    digest = hashlib.sha256("\n".join(sums or [str(path)]).encode())
-    for part in parts:
-        digest.update(hashlib.sha256(part.encode()).digest())
-    return digest.hexdigest()
 
 
 def _samples(recipe: "Recipe", model: Any, tokenizer: Any) -> "list[Sample]":

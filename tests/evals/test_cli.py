@@ -1,6 +1,7 @@
 """`t2r eval` and `t2r report` from the command line."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,6 +64,47 @@ def test_interrupt_keeps_what_is_done(
     report = json.loads((out / "report.json").read_text())
     assert [r["role"] for r in report["results"]] == ["teacher"]
     assert "Interrupted" in report["notes"][0]
+
+    monkeypatch.setattr(t2r_evals, "evaluate", lambda *_, role, name, **__: ModelResult(name=name, role=role))
+    capsys.readouterr()
+    assert t2r(monkeypatch, "eval", *arguments) == 0
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "measured before, kept",
+        "measuring",
+    ]
+
+
+def test_what_is_kept_belongs_to_the_model_its_teacher_the_options_and_the_text(
+    embedded_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import t2r_evals
+    from t2r.cli.measure import Measuring
+    from t2r_evals import EvaluationOptions, ModelResult
+
+    calls: list[str] = []
+
+    def evaluate(*_: object, role: str, name: str, **__: object) -> ModelResult:
+        calls.append(name)
+        return ModelResult(name=name, role=role)
+
+    monkeypatch.setattr(t2r_evals, "evaluate", evaluate)
+    options, other = EvaluationOptions(), EvaluationOptions(window=64)
+    copied = tmp_path / "model"
+    shutil.copytree(embedded_teacher, copied)
+    told: tuple[Path, EvaluationOptions, list[str]] = (tmp_path / "kept", options, ["text"])
+    settings: list[tuple[tuple[Path, EvaluationOptions, list[str]], Path | None]] = [
+        (told, None),
+        (told, embedded_teacher),
+        ((tmp_path / "kept", other, ["text"]), None),
+        ((tmp_path / "kept", options, ["other"]), None),
+    ]
+    for number, (arguments, teacher) in enumerate(settings, 1):
+        for _ in range(2):
+            Measuring(*arguments, "float32", "cpu", teacher).result("m", "student", copied)
+            assert len(calls) == number
+    (copied / "model.safetensors").touch()  # rewritten in its place
+    Measuring(*settings[-1][0], "float32", "cpu").result("m", "student", copied)
+    assert len(calls) == 5
 
 
 def test_a_mistyped_model_is_told_before_any_is_measured(

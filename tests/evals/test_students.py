@@ -74,7 +74,7 @@ def test_state_does_not_grow_with_the_context(student: Any) -> None:
 
 def test_the_halves_of_a_hybrid_layer_are_switched_off_one_by_one(embedded_teacher: Path, tmp_path: Path) -> None:
     """With all of the share on the window, the recurrence contributes nothing, and that is said."""
-    from t2r.cli.eval import hybrid_components
+    from t2r.cli.measure import hybrid_components
     from t2r.convert import convert
     from t2r.model import load, parse_options
 
