@@ -60,10 +60,11 @@ def command(
 
     The defaults are the hardest setting of the GSA paper (arXiv 2409.07146): 512 tokens, 64 pairs. Every model is a
     Mistral host, its attention replaced; "softmax" is the host's own. A short convolution lets a value see its key at
-    once, as in Zoology's models; without one the first layer has to learn it. With a curriculum recurrent mixers learn
-    in minutes what takes them hours from a start with 64 pairs. Files are written anew after every model.
+    once, as in Zoology's models; without one the first layer has to learn it. A curriculum of easier settings spares
+    recurrent mixers the long plateau of guessing at the start. Files are written anew after every model.
 
-    Example: t2r bench mqar --output runs/mqar --widths 128 --short-conv 4 --mixers "softmax gsa:style=paper gla"
+    Example: t2r bench mqar --output runs/mqar --widths 128 --short-conv 4 --curriculum 64:4,128:16,256:32
+    --mixers "softmax gsa:style=paper gla"
     """
     import functools
 
