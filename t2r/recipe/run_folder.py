@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from t2r.errors import InputError
-from t2r.publish import verify_manifest, write_whole
+from t2r.publish import CONFIG, verify_manifest, write_whole
 from t2r.recipe.loader import parse_recipe
 from t2r.recipe.schema import Recipe, dump
 
@@ -52,6 +52,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: output is a file; name a folder")
+        if (self.path / CONFIG).exists():
+            raise InputError(f"{self.path}: output is the folder of a model; name another")
         if self.recipe_file.is_file():
             stored = parse_recipe(self.recipe_file.read_text(), name=str(self.recipe_file))
             difference = _difference(self._settled(stored), self._settled(self.recipe))

@@ -330,6 +330,15 @@ def test_a_folder_of_another_recipe_is_refused(make_recipe: MakeRecipe, monkeypa
     finetune(make_recipe({**STAGES["align"], "save_every": 3}, STAGES["finetune"]))
 
 
+def test_the_folder_of_a_model_is_no_folder_for_a_run(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(STAGES["align"])
+    converted = RunFolder(recipe).converted
+    inside = RunFolder(recipe.model_copy(update={"output": str(converted)}))
+    with pytest.raises(InputError, match="output is the folder of a model"):
+        inside.claim()
+    assert not inside.recipe_file.exists()
+
+
 def test_without_a_converted_student(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(STAGES["align"])
     RunFolder(recipe).converted.unlink()
