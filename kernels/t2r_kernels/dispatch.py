@@ -129,6 +129,8 @@ def count_sequences(op: str, k: Tensor, cu_seqlens: Tensor | None) -> int:
         raise ValueError(
             f"{op}: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, must be int32 [N + 1]"
         )
+    if cu_seqlens.device != k.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, must be on {k.device} like k")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last, drop = int(cu_seqlens[0]), int(cu_seqlens[-1]), bool((cu_seqlens.diff() < 0).any())
         if first != 0 or last != k.shape[1] or drop:

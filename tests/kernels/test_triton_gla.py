@@ -4,6 +4,7 @@ On a machine without a GPU these run in Triton's interpreter, in float32 and at 
 `test_triton_interpreter.py`, which sets TRITON_INTERPRET before anything imports triton.
 """
 
+import dataclasses
 import os
 
 import pytest
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 DEVICE = "cpu" if INTERPRETED else "cuda"
 FLOAT32 = 3e-5
+FORGOTTEN = 1e-3
 
 
 def on_device(inputs):
@@ -48,6 +50,39 @@ def test_matches_the_definition(side, tokens, seed):
 @pytest.mark.parametrize("side", SIDES[:3])
 def test_every_gate(side, gate, seed):
     check(side, one_head(side, gate, seed, tokens=20), seed)
+
+
+@pytest.fixture
+def factored(monkeypatch):
+    """The decays that bf16 takes, in float32, which the interpreter can check."""
+    from t2r_kernels.gla.triton import ops
+
+    plan_for = ops.plan_for
+    monkeypatch.setattr(ops, "plan_for", lambda *sizes: dataclasses.replace(plan_for(*sizes), factored=True, tile=16))
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 70])
+@pytest.mark.parametrize("side", SIDES[:3])
+def test_factored_decays_match_the_definition(factored, side, tokens, seed):
+    check(side, one_head(side, "mild", seed, tokens=tokens, group=3), seed)
+
+
+@pytest.mark.parametrize("gate", ["clock", "closed every fourth", "open", "zero every third", "zero"])
+@pytest.mark.parametrize("side", SIDES[:3])
+def test_factored_decays_that_forget(factored, side, gate, seed):
+    """What a gate forgets is kept at 2^-13 of its weight for pairs within a tile, and no longer."""
+    inputs = one_head(side, gate, seed, tokens=35)
+    want = run(gla_call(side, None, backend="naive"), reference(inputs), seed)
+    got = run(gla_call(side, None, backend="triton"), on_device(inputs), seed)
+    compare({"final": got["final"]}, {"final": want["final"]}, FLOAT32)
+    compare(got, want, FORGOTTEN)
+
+
+@pytest.mark.parametrize("documents", ["empty and one-token", "block edges"])
+@pytest.mark.parametrize("side", SIDES[:3])
+def test_factored_decays_of_packed_documents(factored, side, documents, seed):
+    documents = DOCUMENTS[documents]
+    check(side, one_head(side, "mild", seed, documents=documents), seed, documents)
 
 
 @pytest.mark.parametrize(

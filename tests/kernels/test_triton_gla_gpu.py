@@ -6,7 +6,7 @@ import torch
 from t2r_kernels import gla, gla_step
 
 from .cases import DOCUMENTS, GATES, bounds, compare, reference, run
-from .test_gla import SIDES, gla_inputs
+from .test_gla import SIDES, gla_call, gla_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,23 +20,11 @@ def cuda(inputs):
     return {name: x.cuda() for name, x in inputs.items()}
 
 
-def call_of(side, documents, **options):
-    def call(q, k, v, state, log_decay=None, write=None):
-        cu_seqlens = None if documents is None else bounds(documents).cuda()
-        o, final = gla(
-            q, k, v, log_decay, gate=side, write=write, initial_state=state, output_final_state=True,
-            cu_seqlens=cu_seqlens, **options,
-        )  # fmt: skip
-        return {"o": o, "final": final}
-
-    return call
-
-
 def check(side, inputs, seed, documents=None):
     inputs = cuda(inputs)
-    want = run(call_of(side, documents, backend="naive"), reference(inputs), seed)
+    want = run(gla_call(side, documents, backend="naive"), reference(inputs), seed)
     want = {name: x.cpu() for name, x in want.items()}
-    got = run(call_of(side, documents, backend="triton"), inputs, seed)
+    got = run(gla_call(side, documents, backend="triton"), inputs, seed)
     compare(got, want, TOLERANCE[inputs["q"].dtype])
 
 
@@ -159,7 +147,7 @@ def test_small_for_a_sanitizer(side, dtype, seed):
 def test_two_runs_are_bitwise_equal_in_bf16(side, seed):
     sizes = {"dim_k": 128, "dim_v": 128, "group": 4, "heads": 8}
     inputs = cuda(gla_inputs(side, "mild", seed, tokens=700, dtype=torch.bfloat16, **sizes))
-    first, second = (run(call_of(side, None, backend="triton"), inputs, seed) for _ in range(2))
+    first, second = (run(gla_call(side, None, backend="triton"), inputs, seed) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

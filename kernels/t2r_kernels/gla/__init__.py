@@ -60,7 +60,7 @@ def gla(
     dispatch.check_sequences("gla", q, k, v)
     sequences = dispatch.count_sequences("gla", k, cu_seqlens)
     _check_gate("gla", gate, q, k, v, log_decay, write, initial_state, sequences)
-    chosen = _choose(backend, q, k, v)
+    chosen = dispatch.choose("gla", backend, (q, k, v), _too_large(k, v))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     args = (q, k, v, log_decay, gate, write, scale, initial_state, output_final_state, cu_seqlens)
     # where it is watched torch's path is an operator too
@@ -116,22 +116,11 @@ def gla_step(
         return run(q, k, v, log_decay, state, gate, write, scale)
 
 
-def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """As `dispatch.choose`; the kernels hold all of one side of the state, so its width is limited."""
-    chosen = dispatch.choose("gla", backend, (q, k, v))
-    if chosen != "triton":
-        return chosen
-    if max(k.shape[-1], v.shape[-1]) > WIDEST:
-        reason = f"D and V must be at most {WIDEST}, are {k.shape[-1]} and {v.shape[-1]}"
-        if backend == "triton":
-            raise ValueError(f"gla: backend='triton' cannot run: {reason}")
-    # Triton 3.6 compiled this case wrongly on an H200; the tiles were changed since, and not yet tested there.
-    elif backend == "auto" and q.shape[2] == k.shape[2] and q.dtype in (torch.bfloat16, torch.float16):
-        reason = "one query head per key/value head in half precision is not verified on a GPU"
-    else:
-        return "triton"
-    dispatch.say_once(f"gla: torch runs instead of triton, much slower: {reason}")
-    return "torch"
+def _too_large(k: Tensor, v: Tensor) -> str | None:
+    """The kernels hold all of one side of the state, so its width is limited."""
+    if max(k.shape[-1], v.shape[-1]) <= WIDEST:
+        return None
+    return f"D and V must be at most {WIDEST}, are {k.shape[-1]} and {v.shape[-1]}"
 
 
 def _gla_step_triton(*args):

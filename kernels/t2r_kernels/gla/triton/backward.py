@@ -33,24 +33,24 @@ from .common import (
     Plan,
     add_dot,
     advance,
-    load_gate,
+    load_decay,
     load_state,
+    load_total,
     load_weight,
     pad,
-    tile_decays,
-    to_rows,
 )
+from .decays import Decays, pair_decay
 from .pairs import load_pairs
-from .tiles import tile_gradient, tile_gradients, tile_slices
+from .tiles import alike_gradient, tile_gradients, tile_slices
 
 
 @triton.jit
 def gated_gradient_kernel(
-    r, p, y, x, write, gate, states, dstates, dr, dy_tiles, dy, dgate, dwrite, bounds, T, NC, H, HQ, G, scale,
+    r, p, y, x, write, before, after, states, dstates, dr, dy_tiles, dy, dgate, dwrite, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     C: tl.constexpr, GROUP_TILES: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr, STORE_DR: tl.constexpr,
     GATE_PARTS: tl.constexpr, PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr,
-    SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """One (chunk, head) and slice of the gated side: adds to dr, dy_tiles and dgate what states take part in. Gradients
     of a gate or weight per head leave it as one part per slice."""
@@ -75,11 +75,11 @@ def gated_gradient_kernel(
         state = load_state(states, c, h, H, d, e, R, X, True)
         for j in range(tile):
             state = advance(
-                state, y, x, write, gate, start + j * SUB, stop, h, H, d, e,
-                R, X, SUB, LOG_SUB, True, KIND, WEIGHTED, CT, SPLIT, PREC, EXACT,
+                state, y, x, write, before, after, start + j * SUB, stop, h, H, d, e,
+                R, X, SUB, True, KIND, WEIGHTED, CT, PREC,
             )  # fmt: skip
-        g = load_gate(gate, first, stop, h, H, d, R, SUB, KIND)
-        before, after, total = tile_decays(g, LOG_SUB, KIND, SPLIT, EXACT)
+        rest = load_decay(after, first + i, valid, h, H, d, R, KIND)
+        total = load_total(before, tl.minimum(first + SUB, stop) - 1, h, H, d, R, KIND)
         unweighted = load_rows(y, token, valid, R, d, tl.float32)
         yb = unweighted
         if WEIGHTED:
@@ -88,7 +88,7 @@ def gated_gradient_kernel(
         xb = load_rows(x, token, valid, X, e, CT)
         sb = state.to(CT)
         db = dstate.to(CT)
-        dyb = dot(xb, db, CT, PREC) * after
+        dyb = dot(xb, db, CT, PREC) * rest
         # Writes before the tile or in it that are read after it.
         flow = dot(tl.where(i[None, :] < i[:, None], 1.0, 0.0), yb * dyb, CT, PREC)
         flow += (tl.sum(state * dstate, 0) * total)[None, :]
@@ -97,23 +97,22 @@ def gated_gradient_kernel(
             t, row, row_valid = row_offsets(first, stop, h, group * BG, HQ, G, SUB, BG)
             rb = load_rows(r, row, row_valid, R, d, tl.float32) * scale
             pb = load_rows(p, row, row_valid, X, e, CT)
-            before_rows = to_rows(before, BG)
-            got = dot(pb, sb, CT, PREC) * before_rows
+            until = load_decay(before, first + t, row_valid, h, H, d, R, KIND)
+            got = dot(pb, sb, CT, PREC) * until
             if KIND != NONE:
                 flow = add_dot(flow, tl.where(t[None, :] >= i[:, None], 1.0, 0.0), rb * got, CT, PREC)
             cell = row[:, None] * R + d[None, :]
             mask = row_valid[:, None] & (d < R)[None, :]
             if KIND == NONE:
                 b = dot(pb, tl.trans(xb), CT, PREC)
-                drb, dyb, flow = tile_gradient(
-                    rb, yb, b, g, t, k, dyb, flow, LOG_SUB, BG, KIND, CT, SPLIT, PREC, EXACT
-                )  # fmt: skip
+                decay = pair_decay(before, first, stop, t, h, H, SUB, KIND, SPLIT, EXACT, FACTORED)
+                drb, dyb, flow = alike_gradient(rb, yb, b, decay, t, k, dyb, flow, KIND, CT, PREC)
                 drb = scale * (drb + got)
             elif STORE_DR:
                 drb = tl.load(dr + cell, mask=mask, other=0.0).to(tl.float32) + scale * got
             if STORE_DR:
                 tl.store(dr + cell, drb, mask=mask)
-            dstate = add_dot(dstate, tl.trans(pb), rb * before_rows, CT, PREC)
+            dstate = add_dot(dstate, tl.trans(pb), rb * until, CT, PREC)
         at = token[:, None] * R + d[None, :]
         inside = valid[:, None] & (d < R)[None, :]
         if KIND == ROWS:
@@ -133,11 +132,11 @@ def gated_gradient_kernel(
 
 @triton.jit
 def plain_gradient_kernel(
-    r, p, y, write, gate, pairs, dstates, dx, bounds, T, NC, H, HQ, G, scale,
+    r, p, y, write, decays, before, after, pairs, dstates, dx, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     C: tl.constexpr, GROUP_TILES: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
     PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
-    PREC: tl.constexpr, EXACT: tl.constexpr,
+    PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """dx of one (chunk, head) and slice of the plain side, summed over the group."""
     c = tl.program_id(0) // H
@@ -154,26 +153,30 @@ def plain_gradient_kernel(
         first = start + (count - 1 - step) * SUB
         token = (first + i) * H + h
         valid = (first + i) < stop
-        g = load_gate(gate, first, stop, h, H, d, R, SUB, KIND)
-        before, after, total = tile_decays(g, LOG_SUB, KIND, SPLIT, EXACT)
+        rest = load_decay(after, first + i, valid, h, H, d, R, KIND)
+        total = load_total(before, tl.minimum(first + SUB, stop) - 1, h, H, d, R, KIND)
         yb = load_rows(y, token, valid, R, d, tl.float32)
         if WEIGHTED:
             yb *= load_weight(write, first, stop, h, H, d, R, SUB, KIND)
-        dxb = dot(yb * after, dstate, CT, PREC)
+        dxb = dot(yb * rest, dstate, CT, PREC)
         dstate = dstate * total[:, None]
         for group in range(GROUP_TILES):
-            _t, row, row_valid = row_offsets(first, stop, h, group * BG, HQ, G, SUB, BG)
+            t, row, row_valid = row_offsets(first, stop, h, group * BG, HQ, G, SUB, BG)
             rb = load_rows(r, row, row_valid, R, d, CT)
             pb = load_rows(p, row, row_valid, X, e, CT)
-            a = load_pairs(pairs, rb, yb, g, row, row_valid, scale, SUB, BG, KIND, CT, SPLIT, PREC, EXACT)
-            reads = rb.to(tl.float32) * to_rows(before * scale, BG)
+            a = load_pairs(
+                pairs, decays, rb, yb, first, stop, t, row, row_valid, h, H, scale,
+                SUB, KIND, CT, SPLIT, PREC, EXACT, FACTORED,
+            )  # fmt: skip
+            reads = rb.to(tl.float32) * (load_decay(before, first + t, row_valid, h, H, d, R, KIND) * scale)
             dxb = add_dot(dxb, tl.trans(a.to(CT)), pb, CT, PREC)
             dstate = add_dot(dstate, tl.trans(reads.to(CT)), pb, CT, PREC)
         tl.store(dx + token[:, None] * X + e[None, :], dxb, mask=valid[:, None] & (e < X)[None, :])
 
 
 def gated_gradients(
-    r, p, y, x, write, gate, states, dstates, scale, want_dr, cu_seqlens, plan: Plan, chunks: Chunks, chunk: int, dtype
+    r, p, y, x, write, gate, decays: Decays, states, dstates, scale, want_dr, cu_seqlens, plan: Plan, chunks: Chunks,
+    chunk: int, dtype
 ):  # fmt: skip
     """In `dtype` dr (or None) and dy, and the gradients of gate and write weights in fp32 (or None)."""
     B, T, H = y.shape[:3]
@@ -187,9 +190,10 @@ def gated_gradients(
     gate_parts = slices + tile_slices(plan)[1]
     dgate, dwrite, dy_tiles = small(gate, gate_parts), small(write, slices), None
     if gate is not None:
-        dy_tiles = tile_gradients(r, p, y, x, write, gate, dr, dgate, scale, slices, cu_seqlens, plan, chunks)
+        dy_tiles = tile_gradients(r, p, y, x, write, gate, decays, dr, dgate, scale, slices, cu_seqlens, plan, chunks)
     gated_gradient_kernel[(chunks.count * H, slices)](
-        r, p, y, x, write, gate, states, dstates, dr, dy_tiles, dy, dgate, dwrite, chunks.bounds, T,
+        r, p, y, x, write, decays.before, decays.after, states, dstates, dr, dy_tiles, dy, dgate, dwrite,
+        chunks.bounds, T,
         chunks.per_sequence, H, H * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, width,
         pad(plan.X), STORE_DR=want_dr, GATE_PARTS=gate_parts, **plan.options(chunks, write), **options,
     )  # fmt: skip
@@ -198,12 +202,15 @@ def gated_gradients(
     return dr, dy, dgate, dwrite
 
 
-def plain_gradient(r, p, y, x, write, gate, pairs, dstates, scale, plan: Plan, chunks: Chunks, chunk: int, dtype):
+def plain_gradient(
+    r, p, y, x, write, decays: Decays, pairs, dstates, scale, plan: Plan, chunks: Chunks, chunk: int, dtype
+):
     """dx in `dtype`."""
     dx = torch.empty_like(x, dtype=dtype)
     width, slices, options = launch.fit(launch.PLAIN_GRADIENT, plan, plan.X, plan.R)
     plain_gradient_kernel[(chunks.count * plan.heads, slices)](
-        r, p, y, write, gate, pairs, dstates, dx, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,
+        r, p, y, write, decays.pairs, decays.before, decays.after, pairs, dstates, dx, chunks.bounds, y.shape[1],
+        chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, pad(plan.R), width,
         **plan.options(chunks, write), **options,
     )  # fmt: skip

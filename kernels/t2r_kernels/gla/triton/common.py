@@ -12,9 +12,7 @@ where r, y live on the gated side (width R, the rows of the state) and p, x on t
 So one kernel per derivative serves both sides, forwards and backwards. A scalar gate, and none, are gates on the key
 side whose rows are all alike.
 
-**Decays.** A chunk is walked in tiles of SUB tokens with the state [R, X] in registers. Inside a tile a pair (i, t) is
-split by a binary tree (see `gsa/triton/common.py`): every exponent is a sum of non-positive numbers, nothing overflows
-or cancels, and a gate of exactly zero forgets exactly.
+A chunk is walked in tiles of SUB tokens with the state [R, X] in registers; `decays.py` says how decays are formed.
 """
 
 from dataclasses import dataclass
@@ -23,16 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...gsa.triton.common import (
-    FLOOR,
-    Chunks,
-    Numerics,
-    choose_numerics,
-    load_rows,
-    prefix_decay,
-    split,
-    suffix_decay,
-)
+from ...gsa.triton.common import FLOOR, Chunks, Numerics, choose_numerics, load_rows
 
 NONE, SCALAR, ROWS = (tl.constexpr(kind) for kind in range(3))
 
@@ -48,6 +37,7 @@ class Plan:
     group: int
     group_block: int  # query heads per tile, a power of two
     tile: int  # tokens
+    factored: bool  # how decays between tokens of a tile are formed, see `decays.py`
     numerics: Numerics
 
     @property
@@ -67,7 +57,7 @@ class Plan:
         return {
             "PACKED": chunks.bounds is not None, "KIND": self.kind, "WEIGHTED": write is not None,
             "CT": self.numerics.operand, "SPLIT": self.numerics.split, "PREC": self.numerics.precision,
-            "EXACT": self.numerics.exact,
+            "EXACT": self.numerics.exact, "FACTORED": self.factored,
         }  # fmt: skip
 
 
@@ -79,23 +69,16 @@ def pad(size: int) -> int:
 def plan_for(gate: str | None, HQ: int, H: int, D: int, V: int, dtype: torch.dtype) -> Plan:
     """The one configuration for these sizes.
 
-    Tiles have at least 16 tokens, the depth of a matrix instruction, and 64 rows, the height of one on Hopper; 128 for
-    groups beyond four heads and for wide states, which then spread over eight warps. In fp32, whose products take three
-    passes, tiles are smaller.
+    In bf16 tiles have 16 tokens, the depth of a matrix instruction and what factored decays allow. The products of the
+    other types take three passes of fp32: fewer rows.
     """
-    numerics = choose_numerics(dtype)
+    numerics, factored = choose_numerics(dtype), dtype == torch.bfloat16
     R, X = (V, D) if gate == "value" else (D, V)
-    half = numerics.store != torch.float32
     wide = max(pad(R), pad(X)) > 128
-    if half:
-        # Tiles of 64 tokens of one head came out of Triton 3.6 with wrong gradients: one head takes the place of two.
-        group = min(max(2, triton.next_power_of_2(HQ // H)), 8)
-        tile = 32 if wide and group == 4 else max(16, 64 // group)
-    else:
-        group = min(triton.next_power_of_2(HQ // H), 2 if wide else 4)
-        tile = max(16, 32 // group)
+    group = min(triton.next_power_of_2(HQ // H), 8 if factored else 2 if wide else 4)
+    tile = 16 if factored else max(16, 32 // group)
     kind = {None: NONE, "scalar": SCALAR}.get(gate, ROWS).value
-    return Plan(kind, R, X, H, HQ // H, group, tile, numerics)
+    return Plan(kind, R, X, H, HQ // H, group, tile, factored, numerics)
 
 
 @triton.jit
@@ -142,63 +125,42 @@ def load_written(
 
 
 @triton.jit
-def to_rows(x, BG: tl.constexpr):
-    """x [SUB, N] of tokens for the rows (token, query head) of a tile, [SUB * BG, N]."""
-    if BG > 1:
-        x = tl.reshape(tl.broadcast_to(x[:, None, :], [x.shape[0], BG, x.shape[1]]), [x.shape[0] * BG, x.shape[1]])
+def load_decay(decay, token, valid, h, H, r, R: tl.constexpr, KIND: tl.constexpr):
+    """`decay` of `Decays` for tokens and rows r of the state, [len(token), len(r)] or, where rows are alike, [., 1]."""
+    if KIND == ROWS:
+        x = load_rows(decay, token * H + h, valid, R, r, tl.float32)
+    elif KIND == SCALAR:
+        x = tl.load(decay + token * H + h, mask=valid, other=0.0).to(tl.float32)[:, None]
+    else:
+        x = tl.full([token.shape[0], 1], 1.0, tl.float32)
     return x
 
 
 @triton.jit
-def tile_decays(x, LOG_SUB: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr):
-    """For log2 alpha x [SUB, BR]: the decay from the tile's start through each token, from after it to the tile's end,
-    and of the whole tile [BR]."""
-    if KIND == NONE:
-        before = tl.full(x.shape, 1.0, tl.float32)
-        after = before
-        total = tl.full([x.shape[1]], 1.0, tl.float32)
+def load_total(before, last, h, H, r, R: tl.constexpr, KIND: tl.constexpr):
+    """The decay [len(r)] of a whole tile whose last token is `last`."""
+    if KIND == ROWS:
+        x = tl.load(before + (last * H + h) * R + r, mask=r < R, other=1.0).to(tl.float32)
     else:
-        i = tl.arange(0, x.shape[0])
-        high, low = split(x, SPLIT)
-        before = prefix_decay(i, i, high, low, LOG_SUB, SPLIT, EXACT)
-        after = suffix_decay(i, high, low, LOG_SUB, SPLIT, EXACT)
-        total = tl.exp2(tl.sum(x, 0))
-    return before, after, total
-
-
-@triton.jit
-def pair_decay(x, BG: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr):
-    """D(i, t) of a gate whose rows are alike (x [SUB, BR] has equal columns), [rows, SUB]; 0 where i > t."""
-    t = tl.arange(0, x.shape[0])
-    i = tl.arange(0, x.shape[0])
-    if KIND == NONE:
-        decay = tl.where(i[None, :] <= t[:, None], 1.0, 0.0)
-    else:
-        # The exponent is the sum of x_j over i < j <= t, as a product of [x_j if j <= t] and [1 if j > i].
-        until = tl.where(t[:, None] <= i[None, :], tl.max(x, 1)[:, None], 0.0)
-        high, low = split(tl.trans(until), SPLIT)
-        after = tl.where(t[:, None] > i[None, :], 1.0, 0.0)
-        if SPLIT:
-            exponent = tl.dot(low, after.to(tl.bfloat16), tl.dot(high, after.to(tl.bfloat16)))
-        else:
-            exponent = tl.dot(high, after, input_precision=EXACT)
-        decay = tl.where(i[None, :] <= t[:, None], tl.exp2(exponent), 0.0)
-    return to_rows(decay, BG)
+        x = tl.full([r.shape[0]], 1.0, tl.float32)
+        if KIND == SCALAR:
+            x *= tl.load(before + last * H + h).to(tl.float32)
+    return x
 
 
 @triton.jit
 def advance(
-    state, y, x, write, gate, first, stop, h, H, r, e,
-    R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, SWAPPED: tl.constexpr,
-    KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
-    EXACT: tl.constexpr,
+    state, y, x, write, before, after, first, stop, h, H, r, e,
+    R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, SWAPPED: tl.constexpr,
+    KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """The state [rows r, columns e] (or [columns e, rows r]) after a tile, from that before it."""
     token = first + tl.arange(0, SUB)
+    valid = token < stop
     yb = load_written(y, write, first, stop, h, H, r, R, SUB, KIND, WEIGHTED)
-    xb = load_rows(x, token * H + h, token < stop, X, e, CT)
-    _, after, total = tile_decays(load_gate(gate, first, stop, h, H, r, R, SUB, KIND), LOG_SUB, KIND, SPLIT, EXACT)
-    written = (yb * after).to(CT)
+    xb = load_rows(x, token * H + h, valid, X, e, CT)
+    total = load_total(before, tl.minimum(first + SUB, stop) - 1, h, H, r, R, KIND)
+    written = (yb * load_decay(after, token, valid, h, H, r, R, KIND)).to(CT)
     if SWAPPED:
         state = add_dot(state * total[None, :], tl.trans(xb), written, CT, PREC)
     else:

@@ -8,20 +8,30 @@ import torch
 import triton
 import triton.language as tl
 
-from ...gsa.triton.common import Chunks, chunk_range, dot, load_rows, pairs_at, prefix_decay, row_offsets, split
-from ...gsa.triton.common import suffix_decay as suffix
+from ...gsa.triton.common import (
+    Chunks,
+    chunk_range,
+    dot,
+    load_rows,
+    pairs_at,
+    prefix_decay,
+    row_offsets,
+    split,
+    suffix_decay,
+)
 from . import launch
-from .common import Plan, add_dot, load_gate, load_state, load_written, pad, tile_decays, to_rows
+from .common import Plan, add_dot, load_decay, load_gate, load_state, load_total, load_written, pad
+from .decays import Decays, pair_factors
 from .pairs import load_pairs
 
 
 @triton.jit
 def plain_kernel(
-    r, y, x, write, gate, pairs, states, out, bounds, T, NC, H, HQ, G, scale,
+    r, y, x, write, decays, before, after, pairs, states, out, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     C: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
     PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
-    PREC: tl.constexpr, EXACT: tl.constexpr,
+    PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """out [rows, X] of one (chunk, head), slice of columns and tile of the group: dL/dp."""
     c = tl.program_id(0) // H
@@ -35,26 +45,29 @@ def plain_kernel(
     for tile in range(((stop - start + SUB - 1) // SUB).to(tl.int32)):
         first = start + tile * SUB
         token = first + tl.arange(0, SUB)
-        _t, row, valid = row_offsets(first, stop, h, tl.program_id(2) * BG, HQ, G, SUB, BG)
+        t, row, valid = row_offsets(first, stop, h, tl.program_id(2) * BG, HQ, G, SUB, BG)
         rb = load_rows(r, row, valid, R, d, CT)
         yb = load_written(y, write, first, stop, h, H, d, R, SUB, KIND, WEIGHTED)
         xb = load_rows(x, token * H + h, token < stop, X, e, CT)
-        g = load_gate(gate, first, stop, h, H, d, R, SUB, KIND)
-        before, after, total = tile_decays(g, LOG_SUB, KIND, SPLIT, EXACT)
-        ob = dot(rb.to(tl.float32) * to_rows(before * scale, BG), state, CT, PREC)
-        a = load_pairs(pairs, rb, yb, g, row, valid, scale, SUB, BG, KIND, CT, SPLIT, PREC, EXACT)
+        until = load_decay(before, first + t, valid, h, H, d, R, KIND)
+        rest = load_decay(after, token, token < stop, h, H, d, R, KIND)
+        total = load_total(before, tl.minimum(first + SUB, stop) - 1, h, H, d, R, KIND)
+        ob = dot(rb.to(tl.float32) * until, state, CT, PREC) * scale
+        a = load_pairs(
+            pairs, decays, rb, yb, first, stop, t, row, valid, h, H, scale, SUB, KIND, CT, SPLIT, PREC, EXACT, FACTORED
+        )
         ob = add_dot(ob, a, xb, CT, PREC)
         tl.store(out + row[:, None] * X + e[None, :], ob, mask=valid[:, None] & (e < X)[None, :])
-        state = add_dot(state * total[:, None], tl.trans((yb * after).to(CT)), xb, CT, PREC)
+        state = add_dot(state * total[:, None], tl.trans((yb * rest).to(CT)), xb, CT, PREC)
 
 
 @triton.jit
 def gated_kernel(
-    p, y, x, write, gate, pairs, states, out, bounds, T, NC, H, HQ, G, scale,
+    p, y, x, write, decays, before, after, pairs, states, out, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     C: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
     PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
-    PREC: tl.constexpr, EXACT: tl.constexpr,
+    PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """out [rows, R] of one (chunk, head), slice of the gated side and tile of the group: dL/dr."""
     c = tl.program_id(0) // H
@@ -73,46 +86,59 @@ def gated_kernel(
         pb = load_rows(p, row, valid, X, e, CT)
         yb = load_written(y, write, first, stop, h, H, d, R, SUB, KIND, WEIGHTED)
         xb = load_rows(x, token * H + h, token < stop, X, e, CT)
-        g = load_gate(gate, first, stop, h, H, d, R, SUB, KIND)
-        before, after, total = tile_decays(g, LOG_SUB, KIND, SPLIT, EXACT)
-        ob = dot(pb, state, CT, PREC) * to_rows(before, BG)
+        until = load_decay(before, first + t, valid, h, H, d, R, KIND)
+        rest = load_decay(after, token, token < stop, h, H, d, R, KIND)
+        total = load_total(before, tl.minimum(first + SUB, stop) - 1, h, H, d, R, KIND)
+        ob = dot(pb, state, CT, PREC) * until
         b = dot(pb, tl.trans(xb), CT, PREC)
-        ob = add_dot(ob, tl.where(t[:, None] == i[None, :], b, 0.0), yb, CT, PREC)
-        high, low = split(g, SPLIT)
-        for level in range(LOG_SUB):
-            left = yb * suffix(i, high, low, level, SPLIT, EXACT)
-            right = to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
-            ob += dot(tl.where(pairs_at(t, i, level), b, 0.0), left, CT, PREC) * right
+        if FACTORED:
+            right, left = pair_factors(decays, token, first + t, token < stop, valid, h, H, d, R)
+            ob += right * dot(tl.where(i[None, :] <= t[:, None], b, 0.0), yb * left, CT, PREC)
+        else:
+            ob = add_dot(ob, tl.where(t[:, None] == i[None, :], b, 0.0), yb, CT, PREC)
+            high, low = split(load_gate(decays, first, stop, h, H, d, R, SUB, KIND), SPLIT)
+            for level in range(LOG_SUB):
+                left = yb * suffix_decay(i, high, low, level, SPLIT, EXACT)
+                right = prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+                ob += dot(tl.where(pairs_at(t, i, level), b, 0.0), left, CT, PREC) * right
         tl.store(out + row[:, None] * R + d[None, :], ob * scale, mask=valid[:, None] & (d < R)[None, :])
-        state = add_dot(state * total[None, :], tl.trans(xb), yb * after, CT, PREC)
+        state = add_dot(state * total[None, :], tl.trans(xb), yb * rest, CT, PREC)
 
 
 def _launch(
-    kernel, a, y, x, write, gate, pairs, states, out, scale, plan: Plan, chunks: Chunks, chunk: int, widths, slices,
+    kernel, a, y, x, write, decays: Decays, pairs, states, out, scale, plan: Plan, chunks: Chunks, chunk: int, widths,
+    slices,
     options
 ):  # fmt: skip
     kernel[(chunks.count * plan.heads, slices, plan.group_tiles)](
-        a, y, x, write, gate, pairs, states, out, chunks.bounds, y.shape[1], chunks.per_sequence, plan.heads,
+        a, y, x, write, decays.pairs, decays.before, decays.after, pairs, states, out, chunks.bounds, y.shape[1],
+        chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, *widths, **plan.options(chunks, write),
         **options,
     )  # fmt: skip
 
 
 def read_plain(
-    r, y, x, write, gate, pairs, states, scale, plan: Plan, chunks: Chunks, chunk: int, dtype
+    r, y, x, write, decays: Decays, pairs, states, scale, plan: Plan, chunks: Chunks, chunk: int, dtype
 ) -> torch.Tensor:
     """[B, T, HQ, X] in `dtype`: scale * sum over i <= t of (r_t . D(i, t) w_i y_i) x_i, from `states` on."""
     out = torch.empty(*r.shape[:3], plan.X, dtype=dtype, device=r.device)
     width, slices, options = launch.fit(launch.PLAIN, plan, plan.X, plan.R)
     widths = (pad(plan.R), width)
-    _launch(plain_kernel, r, y, x, write, gate, pairs, states, out, scale, plan, chunks, chunk, widths, slices, options)
+    _launch(
+        plain_kernel, r, y, x, write, decays, pairs, states, out, scale, plan, chunks, chunk, widths, slices, options
+    )
     return out
 
 
-def read_gated(p, y, x, write, gate, states, scale, plan: Plan, chunks: Chunks, chunk: int, dtype) -> torch.Tensor:
+def read_gated(
+    p, y, x, write, decays: Decays, states, scale, plan: Plan, chunks: Chunks, chunk: int, dtype
+) -> torch.Tensor:
     """[B, T, HQ, R] in `dtype`: scale * sum over i <= t of (p_t . x_i) D(i, t) w_i y_i, from `states` on."""
     out = torch.empty(*p.shape[:3], plan.R, dtype=dtype, device=p.device)
     width, slices, options = launch.fit(launch.GATED, plan, plan.R, plan.X)
     widths = (width, pad(plan.X))
-    _launch(gated_kernel, p, y, x, write, gate, None, states, out, scale, plan, chunks, chunk, widths, slices, options)
+    _launch(
+        gated_kernel, p, y, x, write, decays, None, states, out, scale, plan, chunks, chunk, widths, slices, options
+    )
     return out

@@ -7,6 +7,7 @@ from ...gsa.triton.common import Chunks, find_chunks
 from . import launch
 from .backward import gated_gradients, plain_gradient
 from .common import Plan, plan_for
+from .decays import decays_of
 from .forward import read_gated, read_plain
 from .pairs import pair_scores
 from .states import gradients_of, states_of
@@ -33,13 +34,14 @@ def run_forward(
     """o, in `dtype` or q's; writes `final` if given. All tensors are contiguous."""
     dtype = dtype or q.dtype
     plan, chunks = _plan(q, k, v, gate, cu_seqlens)
+    decays = decays_of(log_decay, cu_seqlens, plan)
     swapped = gate == "value"
     y, x = (v, k) if swapped else (k, v)
-    states, _ = states_of(y, x, write, log_decay, initial, final, plan, chunks, launch.CHUNK, swapped)
+    states, _ = states_of(y, x, write, log_decay, decays, initial, final, plan, chunks, launch.CHUNK, swapped)
     if swapped:
-        return read_gated(q, y, x, write, log_decay, states, scale, plan, chunks, launch.CHUNK, dtype)
-    pairs = pair_scores(q, y, write, log_decay, scale, cu_seqlens, plan, chunks)
-    return read_plain(q, y, x, write, log_decay, pairs, states, scale, plan, chunks, launch.CHUNK, dtype)
+        return read_gated(q, y, x, write, decays, states, scale, plan, chunks, launch.CHUNK, dtype)
+    pairs = pair_scores(q, y, write, decays, scale, cu_seqlens, plan, chunks)
+    return read_plain(q, y, x, write, decays, pairs, states, scale, plan, chunks, launch.CHUNK, dtype)
 
 
 def run_backward(
@@ -60,19 +62,20 @@ def run_backward(
     them). All tensors are contiguous."""
     dtype = dtype or q.dtype
     plan, chunks = _plan(q, k, v, gate, cu_seqlens)
+    decays = decays_of(log_decay, cu_seqlens, plan)
     swapped = gate == "value"
     r, p, y, x = (do, q, v, k) if swapped else (q, do, k, v)
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
     place = (plan, chunks, launch.CHUNK)
-    states, gamma = states_of(y, x, write, log_decay, initial, None, *place, swapped)
-    dstates = gradients_of(r, p, log_decay, gamma, scale, dfinal, dinitial, *place, swapped)
+    states, gamma = states_of(y, x, write, log_decay, decays, initial, None, *place, swapped)
+    dstates = gradients_of(r, p, decays, gamma, scale, dfinal, dinitial, *place, swapped)
     dr, dy, dgate, dwrite = gated_gradients(
-        r, p, y, x, write, log_decay, states, dstates, scale, not swapped, cu_seqlens, *place, dtype
+        r, p, y, x, write, log_decay, decays, states, dstates, scale, not swapped, cu_seqlens, *place, dtype
     )  # fmt: skip
-    pairs = pair_scores(r, y, write, log_decay, scale, cu_seqlens, plan, chunks)
-    dx = plain_gradient(r, p, y, x, write, log_decay, pairs, dstates, scale, *place, dtype)
+    pairs = pair_scores(r, y, write, decays, scale, cu_seqlens, plan, chunks)
+    dx = plain_gradient(r, p, y, x, write, decays, pairs, dstates, scale, *place, dtype)
     if swapped:
-        dq, dk, dv = read_plain(r, y, x, write, log_decay, pairs, states, scale, *place, dtype), dx, dy
+        dq, dk, dv = read_plain(r, y, x, write, decays, pairs, states, scale, *place, dtype), dx, dy
     else:
         dq, dk, dv = dr, dy, dx
     return dq, dk, dv, dgate, dwrite, dinitial

@@ -17,15 +17,16 @@ from ...gsa.triton.common import (
     suffix_decay,
 )
 from . import launch
-from .common import ROWS, Plan, load_gate, load_written, pad, pair_decay, to_rows
+from .common import ROWS, Plan, add_dot, load_gate, load_written, pad
+from .decays import Decays, pair_decay, pair_factors
 
 
 @triton.jit
 def pair_kernel(
-    r, y, write, gate, pairs, bounds, T, NC, H, HQ, G, scale,
+    r, y, write, decays, pairs, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     BR: tl.constexpr, PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr,
-    SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """scale * r_t . D(i, t) w_i y_i for the pairs i <= t of one (tile, head) and tile of the group, [rows, SUB]."""
     c = tl.program_id(0) // H
@@ -40,31 +41,37 @@ def pair_kernel(
         d = r0 + tl.arange(0, BR)
         rb = load_rows(r, row, valid, R, d, CT)
         yb = load_written(y, write, start, stop, h, H, d, R, SUB, KIND, WEIGHTED)
-        high, low = split(load_gate(gate, start, stop, h, H, d, R, SUB, KIND), SPLIT)
-        a += tl.where(t[:, None] == i[None, :], dot(rb, tl.trans(yb), CT, PREC), 0.0)
-        for level in range(LOG_SUB):
-            left = yb * suffix_decay(i, high, low, level, SPLIT, EXACT)
-            right = rb.to(tl.float32) * to_rows(prefix_decay(i, i, high, low, level, SPLIT, EXACT), BG)
-            a += tl.where(pairs_at(t, i, level), dot(right, tl.trans(left), CT, PREC), 0.0)
+        if FACTORED:
+            right, left = pair_factors(decays, start + i, start + t, start + i < stop, valid, h, H, d, R)
+            a = add_dot(a, rb.to(tl.float32) * right, tl.trans((yb * left).to(CT)), CT, PREC)
+        else:
+            high, low = split(load_gate(decays, start, stop, h, H, d, R, SUB, KIND), SPLIT)
+            a += tl.where(t[:, None] == i[None, :], dot(rb, tl.trans(yb), CT, PREC), 0.0)
+            for level in range(LOG_SUB):
+                left = yb * suffix_decay(i, high, low, level, SPLIT, EXACT)
+                right = rb.to(tl.float32) * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+                a += tl.where(pairs_at(t, i, level), dot(right, tl.trans(left), CT, PREC), 0.0)
+    a = tl.where(i[None, :] <= t[:, None], a, 0.0)
     tl.store(pairs + row[:, None] * SUB + i[None, :], a * scale, mask=valid[:, None] & (i >= 0)[None, :])
 
 
 @triton.jit
 def load_pairs(
-    pairs, rb, yb, x, row, valid, scale,
-    SUB: tl.constexpr, BG: tl.constexpr, KIND: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
-    PREC: tl.constexpr, EXACT: tl.constexpr,
+    pairs, decays, rb, yb, first, stop, t, row, valid, h, H, scale,
+    SUB: tl.constexpr, KIND: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
+    EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """The scores of a tile [rows, SUB]: from memory, or where one decay serves all rows of the state, on the spot."""
     i = tl.arange(0, SUB)
     if KIND == ROWS:
         a = tl.load(pairs + row[:, None] * SUB + i[None, :], mask=valid[:, None] & (i >= 0)[None, :], other=0.0)
     else:
-        a = (dot(rb, tl.trans(yb), CT, PREC) * (pair_decay(x, BG, KIND, SPLIT, EXACT) * scale)).to(CT)
+        decay = pair_decay(decays, first, stop, t, h, H, SUB, KIND, SPLIT, EXACT, FACTORED)
+        a = (dot(rb, tl.trans(yb), CT, PREC) * (decay * scale)).to(CT)
     return a
 
 
-def pair_scores(r, y, write, gate, scale, cu_seqlens, plan: Plan, chunks: Chunks) -> torch.Tensor | None:
+def pair_scores(r, y, write, decays: Decays, scale, cu_seqlens, plan: Plan, chunks: Chunks) -> torch.Tensor | None:
     """[B, T, HQ, tile] for a gate with rows of its own, else None; see `load_pairs`."""
     if plan.kind != ROWS.value:
         return None
@@ -72,7 +79,8 @@ def pair_scores(r, y, write, gate, scale, cu_seqlens, plan: Plan, chunks: Chunks
     tiles = find_chunks(B, T, plan.tile, cu_seqlens)
     pairs = torch.empty(B, T, HQ, plan.tile, dtype=plan.numerics.store, device=r.device)
     pair_kernel[(tiles.count * plan.heads, plan.group_tiles)](
-        r, y, write, gate, pairs, tiles.bounds, T, tiles.per_sequence, plan.heads, HQ, plan.group, scale, *plan.sizes,
+        r, y, write, decays.pairs, pairs, tiles.bounds, T, tiles.per_sequence, plan.heads, HQ, plan.group, scale,
+        *plan.sizes,
         min(pad(plan.R), launch.PAIR_COLUMNS), **plan.options(chunks, write),
         **launch.options(launch.PAIRS, plan, plan.rows),
     )  # fmt: skip

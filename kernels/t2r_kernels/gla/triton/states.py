@@ -9,37 +9,35 @@ import triton.language as tl
 
 from ...gsa.triton.common import Chunks, chunk_range, load_rows, row_offsets
 from . import launch
-from .common import Plan, add_dot, advance, load_gate, pad, tile_decays, to_rows
-
-WRITE_TILE = 32  # tokens; writes have one row per token
+from .common import Plan, add_dot, advance, load_decay, load_gate, load_total, pad
+from .decays import Decays
 
 
 @triton.jit
 def read_back(
-    dstate, r, p, gate, first, stop, h, H, HQ, G, d, e, scale,
-    R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
-    GROUP_TILES: tl.constexpr, KIND: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
-    EXACT: tl.constexpr,
+    dstate, r, p, before, first, stop, h, H, HQ, G, d, e,
+    R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, BG: tl.constexpr, GROUP_TILES: tl.constexpr,
+    KIND: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state [rows d, columns e] before a tile, from that after it."""
-    before, _, total = tile_decays(load_gate(gate, first, stop, h, H, d, R, SUB, KIND), LOG_SUB, KIND, SPLIT, EXACT)
+    """The gradient of the state [rows d, columns e] before a tile, from that after it, both without the scale."""
+    total = load_total(before, tl.minimum(first + SUB, stop) - 1, h, H, d, R, KIND)
     dstate = dstate * total[:, None]
-    before = to_rows(before * scale, BG)
     for tile in range(GROUP_TILES):
-        _t, row, valid = row_offsets(first, stop, h, tile * BG, HQ, G, SUB, BG)
+        t, row, valid = row_offsets(first, stop, h, tile * BG, HQ, G, SUB, BG)
+        until = load_decay(before, first + t, valid, h, H, d, R, KIND)
         rb = load_rows(r, row, valid, R, d, CT).to(tl.float32)
         pb = load_rows(p, row, valid, X, e, CT)
-        dstate = add_dot(dstate, tl.trans((rb * before).to(CT)), pb, CT, PREC)
+        dstate = add_dot(dstate, tl.trans((rb * until).to(CT)), pb, CT, PREC)
     return dstate
 
 
 @triton.jit
 def chunk_kernel(
-    left, right, write, gate, states, gamma, bounds, T, NC, H, HQ, G, scale,
+    left, right, write, gate, before, after, states, gamma, bounds, T, NC, H, HQ, G, scale,
     R: tl.constexpr, X: tl.constexpr, SUB: tl.constexpr, LOG_SUB: tl.constexpr, BG: tl.constexpr,
     C: tl.constexpr, GROUP_TILES: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr, READS: tl.constexpr,
     PACKED: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr,
-    PREC: tl.constexpr, EXACT: tl.constexpr,
+    PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """One (chunk, head) and part of its state: what the chunk's writes leave in an empty state and its total decay
     gamma [chunks, H, R]; or with READS the gradient that its reads give to the state before it."""
@@ -55,14 +53,16 @@ def chunk_kernel(
     for step in range(count):
         if READS:
             state = read_back(
-                state, left, right, gate, start + (count - 1 - step) * SUB, stop, h, H, HQ, G, d, e, scale,
-                R, X, SUB, LOG_SUB, BG, GROUP_TILES, KIND, CT, SPLIT, PREC, EXACT,
+                state, left, right, before, start + (count - 1 - step) * SUB, stop, h, H, HQ, G, d, e,
+                R, X, SUB, BG, GROUP_TILES, KIND, CT, PREC,
             )  # fmt: skip
         else:
             state = advance(
-                state, left, right, write, gate, start + step * SUB, stop, h, H, d, e,
-                R, X, SUB, LOG_SUB, False, KIND, WEIGHTED, CT, SPLIT, PREC, EXACT,
+                state, left, right, write, before, after, start + step * SUB, stop, h, H, d, e,
+                R, X, SUB, False, KIND, WEIGHTED, CT, PREC,
             )  # fmt: skip
+    if READS:
+        state *= scale
     where = c.to(tl.int64) * H + h
     mask = (d < R)[:, None] & (e < X)[None, :]
     tl.store(states + where * (R * X) + d[:, None] * X + e[None, :], state, mask=mask)
@@ -142,31 +142,35 @@ def _empty(plan: Plan, chunks: Chunks, device) -> torch.Tensor:
     return torch.empty(chunks.count, plan.heads, plan.R, plan.X, dtype=plan.numerics.store, device=device)
 
 
-def _launch(left, right, write, gate, states, gamma, scale, plan: Plan, chunks: Chunks, chunk: int, reads: bool):
+def _launch(
+    left, right, write, gate, decays: Decays, states, gamma, scale, plan: Plan, chunks: Chunks, chunk: int, reads: bool
+):
     rows = min(pad(plan.R), 64 if plan.numerics.store == torch.float32 else 128)
     columns, slices, _ = launch.fit(launch.CHUNKS, plan, plan.X, rows)
     options = launch.options(launch.CHUNKS, plan, rows)
     grid = (chunks.count * plan.heads, triton.cdiv(plan.R, rows), slices)
-    sizes = plan.sizes if reads else (plan.R, plan.X, WRITE_TILE, WRITE_TILE.bit_length() - 1, 1)
     chunk_kernel[grid](
-        left, right, write, gate, states, gamma, chunks.bounds, left.shape[1], chunks.per_sequence, plan.heads,
-        plan.heads * plan.group, plan.group, scale, *sizes, chunk, plan.group_tiles, rows, columns, READS=reads,
+        left, right, write, gate, decays.before, decays.after, states, gamma, chunks.bounds, left.shape[1],
+        chunks.per_sequence, plan.heads,
+        plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, rows, columns, READS=reads,
         **plan.options(chunks, write), **options,
     )  # fmt: skip
 
 
-def states_of(y, x, write, gate, initial, final, plan: Plan, chunks: Chunks, chunk: int, swapped: bool):
+def states_of(y, x, write, gate, decays: Decays, initial, final, plan: Plan, chunks: Chunks, chunk: int, swapped: bool):
     """States at the start of every chunk, decays of whole chunks [chunks, H, R] in fp32; writes `final` if given."""
     states = _empty(plan, chunks, y.device)
     gamma = torch.empty(chunks.count, plan.heads, plan.R, dtype=torch.float32, device=y.device)
-    _launch(y, x, write, gate, states, gamma, 1.0, plan, chunks, chunk, reads=False)
+    _launch(y, x, write, gate, decays, states, gamma, 1.0, plan, chunks, chunk, reads=False)
     _scan(states, gamma, initial, final, plan, chunks, swapped, reverse=False)
     return states, gamma
 
 
-def gradients_of(r, p, gate, gamma, scale, dfinal, dinitial, plan: Plan, chunks: Chunks, chunk: int, swapped: bool):
+def gradients_of(
+    r, p, decays: Decays, gamma, scale, dfinal, dinitial, plan: Plan, chunks: Chunks, chunk: int, swapped: bool
+):
     """Gradients of the states at the end of every chunk; writes `dinitial` if given."""
     dstates = _empty(plan, chunks, r.device)
-    _launch(r, p, None, gate, dstates, gamma, scale, plan, chunks, chunk, reads=True)
+    _launch(r, p, None, None, decays, dstates, gamma, scale, plan, chunks, chunk, reads=True)
     _scan(dstates, gamma, dfinal, dinitial, plan, chunks, swapped, reverse=True)
     return dstates
