@@ -182,24 +182,28 @@ def run_all(jobs: list[Job], *, gpus: list[str] | None, parallel: int, results: 
 
 
 def table(records: list[Record], rows: dict[str, Record]) -> str:
-    """Medians over the seeds, as Markdown."""
+    """Medians over the seeds, as Markdown; in brackets the lowest and the highest of several."""
     lines = [
-        "| row | seeds | loss at start | excess | excess, far repeats | lowest to highest excess | state, KiB |",
-        "|---|---:|---:|---:|---:|---|---:|",
+        "| row | what | stages | seeds | loss at start | excess | excess, far repeats | state, KiB |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    for name in rows:
+    for name, row in rows.items():
         runs = [record for record in records if record["row"] == name and "error" not in record]
         if not runs:
             continue
-        excess = [record["excess"] for record in runs]
-        far = statistics.median(record["excess_far"] for record in runs)
         start = f"{statistics.median(r['start'] for r in runs):+.3f}" if "start" in runs[0] else ""
+        stages = ", ".join(stage.partition("-")[2] for stage in runs[0]["tokens_per_second"])
         state = runs[0]["state_bytes"]
-        lines.append(
-            f"| {name} | {len(runs)} | {start} | {statistics.median(excess):+.3f} | {far:+.3f} | "
-            f"{min(excess):+.4f} .. {max(excess):+.4f} | {state / 1024 if state else 0:.0f} |"
-        )
+        cells = [name, row["about"], stages, str(len(runs)), start]
+        cells += [spread([record[key] for record in runs]) for key in ("excess", "excess_far")]
+        lines.append(f"| {' | '.join([*cells, f'{state / 1024:.0f}' if state else ''])} |")
     return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """The median, and the range of several."""
+    text = f"{statistics.median(values):+.3f}"
+    return text if len(values) == 1 else f"{text} ({min(values):+.3f} .. {max(values):+.3f})"
 
 
 def figure(records: list[Record], rows: dict[str, Record]) -> str | None:

@@ -26,16 +26,30 @@ def test_every_row_trains_on_the_same_tokens_in_the_same_batches():
         assert {stage.batch_tokens for stage in recipe.stages} == {16384}, name
 
 
-def test_the_placed_row_spends_what_the_uniform_one_spends():
+def test_placed_rows_spend_what_their_names_say():
     from t2r.model import assign_mixers
 
-    spent = {}
-    for name in ("gsa", "gsa-uniform", "gsa-128", "gsa-256"):
-        entries = assign_mixers(load_recipe("recovery", ROWS[name]["overrides"]).mixer, 8)
-        spent[name] = sum(entry["slots"] for entry in entries)
-    assert spent["gsa"] == spent["gsa-uniform"] == 8 * 64
-    assert spent["gsa-128"] <= 8 * 128
-    assert spent["gsa-256"] == 8 * 256
+    def spent(name):
+        mixers = load_recipe(ROWS[name]["recipe"], ROWS[name]["overrides"]).mixer
+        return [entry and _by_head(entry) for entry in assign_mixers(mixers, 8)]
+
+    assert sum(map(sum, spent("gsa-uniform"))) == 16 * 64
+    for name, mean in (("gsa", 64), ("gsa-far", 64), ("gsa-layers", 64), ("gsa-32", 32), ("gsa-128", 128)):
+        assert 0.97 * 16 * mean <= sum(map(sum, spent(name))) <= 16 * mean, name
+    for windows, slots in (("window-heads", "gsa"), ("window-far", "gsa-far"), ("window-layers", "gsa-layers")):
+        assert spent(windows) == spent(slots)
+
+
+def _by_head(entry):
+    """Slots, or sinks and window, of each of two heads."""
+    sizes = entry["slots"] if entry["name"] == "gsa" else entry["window"]
+    extra = 0 if entry["name"] == "gsa" else entry["sinks"]
+    return [size + extra for size in (sizes if isinstance(sizes, list) else [sizes, sizes])]
+
+
+def test_the_page_shows_the_stored_records():
+    records = [json.loads(line) for line in (ROOT / "docs/recovery/results.jsonl").read_text().splitlines()]
+    assert recovery.table(records, ROWS) in (ROOT / "docs/recovery.md").read_text()
 
 
 def test_a_wrong_table_is_told(tmp_path):
@@ -48,30 +62,34 @@ def test_a_wrong_table_is_told(tmp_path):
         recovery.read_table(table)
 
 
-def test_medians_leave_failed_runs_out():
-    def record(seed, excess):
-        return {"row": "a", "seed": seed, "excess": excess, "excess_far": 2 * excess, "state_bytes": 2048}
+def record(row, seed, excess, state_bytes=2048):
+    rates = {"1-align": 1.0, "2-distill": 2.0}
+    far = {"excess_far": 2 * excess, "state_bytes": state_bytes, "tokens_per_second": rates}
+    return {"row": row, "seed": seed, "excess": excess, **far}
 
+
+def test_medians_leave_failed_runs_out():
     failed = {"row": "a", "seed": 3, "error": "InputError: no"}
-    lines = recovery.table([record(0, 0.3), record(1, 0.1), record(2, 0.2), failed], {"a": {}, "b": {}}).splitlines()
-    assert lines[2:] == ["| a | 3 |  | +0.200 | +0.400 | +0.1000 .. +0.3000 | 2 |"]
+    records = [record("a", 0, 0.3), record("a", 1, 0.1), record("a", 2, 0.2), failed, record("b", 0, 0.5)]
+    lines = recovery.table(
+        records, {"a": {"about": "one"}, "b": {"about": "two"}, "c": {"about": "three"}}
+    ).splitlines()
+    assert lines[2:] == [
+        "| a | one | align, distill | 3 |  | +0.200 (+0.100 .. +0.300) | +0.400 (+0.200 .. +0.600) | 2 |",
+        "| b | two | align, distill | 1 |  | +0.500 | +1.000 | 2 |",
+    ]
     assert recovery.one_line(failed).endswith("FAILED: InputError: no")
 
 
 def test_render_draws_the_curves_of_the_table(tmp_path, monkeypatch):
     results = tmp_path / "results.jsonl"
-    record = {"seed": 0, "state_bytes": 1024}
-    lines = [
-        record | {"row": "gsa", "excess": 0.2, "excess_far": 0.5},
-        record | {"row": "gsa-128", "excess": 0.125, "excess_far": 0.375, "state_bytes": 4096},
-        record | {"row": "window", "excess": 0.3, "excess_far": 0.9},
-    ]
+    lines = [record("gsa", 0, 0.2, 1024), record("gsa-128", 0, 0.125, 4096), record("window", 0, 0.3)]
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(sys, "argv", ["recovery.py", "--render", str(results), "--output", str(tmp_path)])
     recovery.main()
     assert (tmp_path / "table.md").read_text().count("\n") == 5
     svg = (tmp_path / "state.svg").read_text()
-    assert "placed, far repeats: 0.38 at 4" in svg
+    assert "placed by head, far repeats: 0.25 at 4" in svg
     assert "window" not in svg
 
 
