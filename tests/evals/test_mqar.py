@@ -149,6 +149,10 @@ def test_a_curriculum_is_gone_through_lesson_by_lesson() -> None:
     eager = train(model, options.model_copy(update={"learned": 0.0, "epochs": 2}), 0.0)
     assert [epoch.pairs for epoch in eager.curve] == [1, 2]
     assert eager.accuracy == stuck.accuracy
+    weights = [p.clone() for p in model.parameters()]
+    hasty = train(model, options.model_copy(update={"minutes": 1e-9}), 1.0)
+    assert len(hasty.curve) == 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
 
 
 def test_the_convolution_is_causal_and_trained_with_the_model() -> None:

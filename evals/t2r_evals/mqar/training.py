@@ -78,8 +78,10 @@ def train(
         for index, rows in enumerate(batches):
             steps += 1
             done = max((epoch + index / len(batches)) / options.epochs, _share_of_time(start, options))
+            if done >= 1:
+                break
             rise = min(1.0, steps / max(options.warmup, 1))
-            step(train_set.rows(rows), lr * rise * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+            step(train_set.rows(rows), lr * rise * (1 + math.cos(math.pi * done)) / 2)
         right = accuracy(model, test_set, _TEST_BATCHES * lesson.batch_size, device)
         now = time.perf_counter()
         curve.append(Epoch(length=lesson.length, pairs=lesson.pairs, accuracy=right, seconds=now - start))
