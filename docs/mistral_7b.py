@@ -173,8 +173,10 @@ def many_sequences() -> list[str]:
     lines = ["| context | teacher: sequences | tokens/s | cache | student: sequences | tokens/s | states | ratio |"]
     lines += ["|---:|---:|---:|---:|---:|---:|---:|---:|"]
     rows = decoding()
-    for context in sorted({context for _, context in rows}):
-        pair = [rows[model, context][-1] for model in ("teacher", "student")]
+    contexts = sorted({context for _, context in rows})
+    for context in contexts:
+        # a student's many sequences are measured once, at the first context
+        pair = [rows["teacher", context][-1], max(rows["student", contexts[0]], key=lambda row: row["batch"])]
         cells = [f"{row['batch']:,} | {row['tokens_per_second']:,.0f} | {_bytes(row['state_bytes'])}" for row in pair]
         ratio = pair[1]["tokens_per_second"] / pair[0]["tokens_per_second"]
         lines.append(f"| {context:,} | {' | '.join(cells)} | {ratio:.1f} x |")

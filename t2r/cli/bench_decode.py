@@ -13,7 +13,7 @@ from t2r.cli import bench_config
 @click.option("--config", default="mistral-7b", show_default=True, help="Without MODELS: or a teacher's folder.")
 @click.option("--mixer", default="gsa", show_default=True, help="With options: gsa:slots=128.")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the configuration has.")
-@click.option("--contexts", default="1024,4096,16384,32768,131072", show_default=True, help="Tokens of the prompt.")
+@click.option("--contexts", default="1024,8192,32768,131072", show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="New tokens.")
 @click.option("--largest-batch", type=click.IntRange(1), default=8192, show_default=True, help="To look for, on a GPU.")
 @click.option("--repeats", type=click.IntRange(1), default=2, show_default=True, help="The fastest counts.")
@@ -27,7 +27,8 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
     MODELS are folders or Hub ids; without any, a teacher of --config and its student get random weights on the device.
     A step by itself is a CUDA graph, replayed: for the teacher too, whose `generate` has none, on a cache that stands
     at its length and is not copied to grow. Peak memory is that of the prompt and the decoding, beside the weights.
-    "launched" is `generate` without the student's own graph, at the first context.
+    Where a cache does not grow from one context to the next, many sequences are measured once. "launched" is `generate`
+    without the student's own graph, at the first context.
     """
     import json
 
@@ -58,6 +59,7 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
             else random_model(configs[name], dtype, target).eval()
         )
         recorded = hasattr(model.config, "mixers") and can_record(model, StudentCache(model.config))
+        held = 0
         for context in contexts:
             points: list[dict[str, Any]] = []
             try:
@@ -65,9 +67,11 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
                     (point,) = measure_speed(model, [context], disable_compile=True, **spoken)
                     points.append(point.model_dump() | {"launched": True})
                 (point,) = measure_speed(model, [context], **spoken)
-                points.append(point.model_dump() | measure_step(model, context, 1).model_dump())
+                alone = measure_step(model, context, 1)
+                points.append(point.model_dump() | alone.model_dump())
                 empty(target)
-                if target.type == "cuda" and options["largest_batch"] > 1:
+                if target.type == "cuda" and options["largest_batch"] > 1 and alone.state_bytes != held:
+                    held = alone.state_bytes
                     points.append(measure_largest_step(model, context, options["largest_batch"]).model_dump())
             except torch.OutOfMemoryError:
                 click.echo(f"{Path(name).name:8} {context:7,}  does not fit")
