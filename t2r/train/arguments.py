@@ -21,15 +21,14 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
-    """The arguments of one stage.
-
-    Args:
-        folder: of the stage; checkpoints and TensorBoard's files go there.
+def check_stage(recipe: Recipe, stage: Stage) -> None:
+    """Whether a stage can run here.
 
     Raises:
-        InputError: a tracker that is not installed, or a batch that the processes cannot share evenly.
+        InputError: a tracker that is not installed, a batch that the processes cannot share evenly, or FSDP with an
+            adapter.
     """
+    _trackers(recipe)
     number = processes().num_processes
     rows = stage.batch_tokens // stage.sequence_length
     if rows % (stage.micro_batch_size * number):
@@ -37,11 +36,31 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
             f"stages: {stage.kind}: batch_tokens / sequence_length = {rows} rows cannot be shared by {number} "
             f"processes of micro_batch_size {stage.micro_batch_size}"
         )
+    if _is_sharded(recipe) and stage.adapter is not None:
+        raise InputError("distributed.fsdp: not together with an adapter; leave fsdp out (DDP) for that stage's run")
+
+
+def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
+    """The arguments of one stage.
+
+    Args:
+        folder: of the stage; checkpoints and TensorBoard's files go there.
+
+    Raises:
+        InputError: as `check_stage`.
+    """
+    check_stage(recipe, stage)
+    trackers = _trackers(recipe)
+    if "tensorboard" in trackers:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    if "wandb" in trackers:
+        os.environ.setdefault("WANDB_PROJECT", recipe.log.project)
+    rows = stage.batch_tokens // stage.sequence_length
     args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.micro_batch_size,
-        gradient_accumulation_steps=rows // (stage.micro_batch_size * number),
+        gradient_accumulation_steps=rows // (stage.micro_batch_size * processes().num_processes),
         learning_rate=stage.lr.mixer,
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],
@@ -58,11 +77,11 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
         include_num_input_tokens_seen="no",
         use_cache=True,  # what the saved configuration says; training passes use_cache=False
         disable_tqdm=True,
-        report_to=_trackers(recipe, folder),
+        report_to=trackers or ["none"],
         ddp_find_unused_parameters=False,
         run_name=f"{Path(recipe.output).name}-{folder.name}",
         project=recipe.log.project,
-        **_sharding(recipe, stage, number),
+        **_sharding(recipe),
     )
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible and one is used; start with torchrun to use more.", args.n_gpu)
@@ -70,23 +89,21 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
     return args
 
 
-def _trackers(recipe: Recipe, folder: Path) -> list[str]:
+def _trackers(recipe: Recipe) -> list[str]:
     asked = [name for name in ("tensorboard", "wandb", "trackio") if getattr(recipe.log, name)]
     for name in asked:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"log.{name}: the package {name} is not installed; pip install 't2r[trackers]'")
-    if "tensorboard" in asked:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    if "wandb" in asked:
-        os.environ.setdefault("WANDB_PROJECT", recipe.log.project)
-    return asked or ["none"]
+    return asked
 
 
-def _sharding(recipe: Recipe, stage: Stage, number: int) -> dict[str, Any]:
-    if not recipe.distributed.fsdp or number == 1:
+def _is_sharded(recipe: Recipe) -> bool:
+    return recipe.distributed.fsdp and processes().num_processes > 1
+
+
+def _sharding(recipe: Recipe) -> dict[str, Any]:
+    if not _is_sharded(recipe):
         return {}
-    if stage.adapter is not None:
-        raise InputError("distributed.fsdp: not together with an adapter; leave fsdp out (DDP) for that stage's run")
     return {
         "fsdp": True,
         "fsdp_config": {"version": 2},

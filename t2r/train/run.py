@@ -16,7 +16,7 @@ from t2r.publish import CONFIG, publish
 from t2r.recipe import FinetuneStage, Recipe, RunFolder, Stage, StageFolder
 from t2r.resources import resolve
 from t2r.train import checkpoints
-from t2r.train.arguments import processes, training_arguments
+from t2r.train.arguments import check_stage, processes, training_arguments
 from t2r.train.documents import Source, open_source, read_documents
 from t2r.train.fused import fuse
 from t2r.train.objectives import make_objective
@@ -53,6 +53,9 @@ def finetune(recipe: Recipe, *, resume: Resume | str = "auto") -> Path:
     folder = RunFolder(recipe)
     if not (folder.converted / CONFIG).is_file():
         raise InputError(f"{folder.converted}: no converted student there; `t2r finetune` and `t2r run` convert first")
+    for stage, place in zip(recipe.stages, folder.stages, strict=True):
+        if not place.model.exists():
+            check_stage(recipe, stage)  # the last one too, before hours of the first
     state = processes()
     if not state.is_main_process:
         logging.getLogger("t2r").setLevel(logging.ERROR)  # one process tells

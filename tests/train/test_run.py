@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from t2r.convert import convert
 from t2r.errors import InputError
 from t2r.publish import verify_manifest
 from t2r.recipe import Recipe, RunFolder, dump, parse_recipe
-from t2r.train import NonFiniteError, checkpoints, finetune, is_finished, objectives
+from t2r.train import NonFiniteError, arguments, checkpoints, finetune, is_finished, objectives
 from t2r.train.progress import ProgressCallback, read_log
 from t2r.train.trainer import StageTrainer
 
@@ -328,6 +329,23 @@ def test_a_folder_of_another_recipe_is_refused(make_recipe: MakeRecipe, monkeypa
         finetune(make_recipe({**STAGES["align"], "save_every": 2, "lr": 0.02}))
     # how often it saves, and what follows, is free
     finetune(make_recipe({**STAGES["align"], "save_every": 3}, STAGES["finetune"]))
+
+
+@pytest.mark.parametrize(
+    ("last", "fsdp", "told"),
+    [
+        ({"kind": "finetune", "batch_tokens": 64}, False, "2 rows cannot be shared by 2 processes"),
+        (STAGES["lora"], True, "not together with an adapter"),
+    ],
+)
+def test_a_last_stage_that_cannot_run_is_told_before_the_first(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, last: dict[str, Any], fsdp: bool, told: str
+) -> None:
+    monkeypatch.setattr(arguments, "processes", lambda: SimpleNamespace(num_processes=2))
+    recipe = make_recipe(STAGES["align"], last, distributed={"fsdp": fsdp})
+    with pytest.raises(InputError, match=told):
+        finetune(recipe)
+    assert not RunFolder(recipe).stages[0].path.exists()
 
 
 def test_the_folder_of_a_model_is_no_folder_for_a_run(make_recipe: MakeRecipe) -> None:
