@@ -67,10 +67,10 @@ def chunk_kernel(
     mask = (d < R)[:, None] & (e < X)[None, :]
     tl.store(states + where * (R * X) + d[:, None] * X + e[None, :], state, mask=mask)
     if (not READS) and tl.program_id(2) == 0:
-        total = tl.zeros([BR], tl.float32)
+        total = tl.zeros([SUB, BR], tl.float32)
         for step in range(count):
-            total += tl.sum(load_gate(gate, start + step * SUB, stop, h, H, d, R, SUB, KIND), 0)
-        tl.store(gamma + where * R + d, tl.exp2(total), mask=d < R)
+            total += load_gate(gate, start + step * SUB, stop, h, H, d, R, SUB, KIND)
+        tl.store(gamma + where * R + d, tl.exp2(tl.sum(total, 0)), mask=d < R)
 
 
 @triton.jit
