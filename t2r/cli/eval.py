@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from t2r.cli import command_line
+from t2r.cli import command_line, options
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -37,7 +37,11 @@ class _Lengths(click.ParamType):
         return tuple(lengths)
 
 
-@click.command(short_help="Measure a model, beside its teacher.")
+@click.command(
+    short_help="Measure a model, beside its teacher.",
+    epilog="Example: t2r eval runs/demo/model --baseline shipped:demo/teacher "
+    "--text shipped:demo/data/validation.parquet --output runs/eval",
+)
 @click.argument("model", required=False)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the report.")
 @click.option("--baseline", metavar="TEACHER", help="Model to compare with, on the same items; folder or Hub id.")
@@ -48,7 +52,7 @@ class _Lengths(click.ParamType):
     "--suite", "suites", type=_Names(), default="", help="language, commonsense, knowledge, recall, synthetic."
 )
 @click.option("--tasks", type=_Names(), default="", help="lm-eval tasks by name.")
-@click.option("--text", type=click.Path(path_type=Path), help="Text file for --suite language; see below.")
+@click.option("--text", metavar="TEXT", help="File or folder of text for --suite language; see above.")
 @click.option("--windows", type=click.IntRange(min=1), default=48, show_default=True, help="Windows of text to score.")
 @click.option("--window", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per window.")
 @click.option("--shots", type=click.IntRange(min=0), help="Examples in the prompt; default: each task's own.")
@@ -65,14 +69,8 @@ class _Lengths(click.ParamType):
     "--kl/--no-kl", default=True, help="KL to the baseline; keeps it in memory beside each model. [default: kl]"
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="auto keeps the stored one.",
-)
+@options.device
+@options.dtype
 @click.option("--seed", type=int, default=0, show_default=True)
 def command(
     model: str | None,
@@ -81,7 +79,7 @@ def command(
     baseline: str | None,
     controls: tuple[str, ...],
     suites: tuple[str, ...],
-    text: Path | None,
+    text: str | None,
     dtype: str,
     device: str,
     kl: bool,
@@ -89,9 +87,9 @@ def command(
 ) -> None:
     """Measure MODEL (a folder or a Hub id) and write report.json, report.md and report.html to --output.
 
-    The text file holds documents separated by a line with one NUL character; a file without any is one document.
-    With no suite and no task, --text alone means --suite language. A stopped evaluation goes on when it is started
-    again with the same --output: models that were measured are kept, and of the next one its finished tasks.
+    TEXT may be text, JSONL or parquet (field "text"); in a text file, a line with one NUL character stands between
+    documents. With no suite and no task, --text alone means --suite language. A stopped evaluation goes on when it is
+    started again with the same --output: models that were measured are kept, and of the next one its finished tasks.
 
     Without network: on a machine that has it, `t2r eval --suite A,B --make-offline-root DIR` writes the data sets of
     those suites and tasks; take DIR along and pass it as --offline-root.
@@ -132,15 +130,15 @@ def command(
     from t2r_evals.provenance import machine, versions
 
     start = time.perf_counter()
-    options = EvaluationOptions(suites=suites, **settings)
-    check_tasks(options.suites, options.tasks, options.tasks_root)
+    asked = EvaluationOptions(suites=suites, **settings)
+    check_tasks(asked.suites, asked.tasks, asked.tasks_root)
     subjects: list[tuple[str, Any]] = [(baseline, "teacher")] if baseline else []
     subjects += [(model, "student"), *((control, "control") for control in controls)]
     # All of them before any is measured: a name may be mistyped.
     folders = [locate(resolve(source)) for source, _ in subjects]
     names = _labels([source for source, _ in subjects])
     teacher = folders[0] if baseline and kl else None
-    measuring = Measuring(output / "evaluation", options, documents, dtype, device, teacher)
+    measuring = Measuring(output / "evaluation", asked, documents, dtype, device, teacher)
     results: list[Any] = []
     note = "Interrupted before every model was measured; the same command goes on from here."
 
@@ -153,7 +151,7 @@ def command(
             target=model,
             machine=machine(),
             versions=versions(),
-            settings={k: str(v) for k, v in options.model_dump(exclude_none=True).items()} | {"device": device},
+            settings={k: str(v) for k, v in asked.model_dump(exclude_none=True).items()} | {"device": device},
             results=results,
             notes=notes,
             seconds=time.perf_counter() - start,
@@ -185,14 +183,16 @@ def _make_tree(destination: Path, suites: tuple[str, ...], settings: dict[str, A
         click.echo(folder)
 
 
-def _documents(path: Path) -> list[str]:
+def _documents(text: str) -> list[str]:
     from t2r.errors import InputError
+    from t2r.recipe.schema import DataSource
+    from t2r.resources import resolve
+    from t2r.train.documents import read_documents
 
-    try:
-        content = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text {path}: {error}") from None
-    return [document for document in content.split("\n\0\n") if document]
+    path = resolve(text)
+    if not Path(path).exists():
+        raise InputError(f"--text {text}: no such file or folder")
+    return read_documents(DataSource(source=[path]))
 
 
 def _labels(sources: list[str]) -> list[str]:

@@ -4,6 +4,8 @@ import sys
 
 import click
 
+from t2r.cli import options
+
 
 @click.command(
     "generate", epilog="Example: t2r generate mistral-7b-gsa --prompt 'Once upon a time' --max-new-tokens 200"
@@ -17,14 +19,8 @@ import click
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 samples from all tokens.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="auto keeps the stored one.",
-)
+@options.device
+@options.dtype
 def command(
     model: str,
     prompt: str,
