@@ -10,6 +10,7 @@ import click
 
 from t2r.cli import command_line
 from t2r.cli.controls import teacher_finetuned, window_only
+from t2r.cli.place import placed
 
 if TYPE_CHECKING:
     from t2r.model.mixers import MixerOptions
@@ -40,6 +41,7 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     recipe = load_recipe(recipe_name, list(overrides))
     # Before hours of training, not after.
     check_tasks(recipe.evaluate.suites, recipe.evaluate.tasks, None)
+    recipe = placed(recipe)
     controls = recipe.evaluate.controls
     windows = [window_only(mixer) for mixer in recipe.mixer] if "window-only" in controls else []
     folder = RunFolder(recipe)
@@ -242,7 +244,7 @@ def describe_conversion(recipe: "Recipe", folder: "RunFolder") -> "Conversion":
     config = AutoConfig.from_pretrained(folder.converted, trust_remote_code=False)
     after, before = describe(config), describe(host_config(config))
     return Conversion(
-        mixer="; ".join(_one_line(mixer) for mixer in recipe.mixer),
+        mixer=_in_words(recipe.mixer),
         layers_converted=sum(entry is not None for entry in config.mixers),
         layers_total=len(config.mixers),
         parameters_before=before["parameters"]["total"],
@@ -251,15 +253,33 @@ def describe_conversion(recipe: "Recipe", folder: "RunFolder") -> "Conversion":
     )
 
 
-def _one_line(mixer: "MixerOptions") -> str:
-    """Its name, style and size, and whatever is not as usual for them."""
+def _in_words(mixers: "Sequence[MixerOptions]") -> str:
+    """Names, styles and sizes, and whatever is not as usual for them; slots layer by layer where they differ."""
     from t2r.model.mixers import parse_options
 
-    stored = mixer.stored()
-    chosen: dict[str, Any] = {key: stored[key] for key in ("name", "style", "map", "slots") if key in stored}
-    usual = parse_options(chosen).stored()
-    told = [f"{key} {value}" for key, value in stored.items() if key in chosen or value != usual[key]]
-    return ", ".join([mixer.name, *told[1:], f"layers {mixer.layers}"])
+    alike: dict[str, list[tuple[Any, str]]] = {}
+    for mixer in mixers:
+        stored = mixer.stored()
+        chosen: dict[str, Any] = {key: stored[key] for key in ("name", "style", "map", "slots") if key in stored}
+        usual = parse_options(chosen).stored()
+        told = [f"{key} {value}" for key, value in stored.items() if key in chosen or value != usual[key]]
+        words = [mixer.name, *(word for word in told[1:] if not word.startswith("slots "))]
+        alike.setdefault(", ".join(words), []).append((stored.get("slots"), str(mixer.layers)))
+    return "; ".join(words + _slots(entries) for words, entries in alike.items())
+
+
+def _slots(entries: list[tuple[Any, str]]) -> str:
+    """`, slots 64, layers all`, or `, slots by layer: 48+32 (0), 64 (1-7)`, where two heads of layer 0 differ."""
+    if len(entries) == 1:
+        slots, layers = entries[0]
+        return f", layers {layers}" if slots is None else f", slots {_plus(slots)}, layers {layers}"
+    if all(slots is None for slots, _ in entries):
+        return f", layers {','.join(layers for _, layers in entries)}"
+    return ", slots by layer: " + ", ".join(f"{_plus(slots)} ({layers})" for slots, layers in entries)
+
+
+def _plus(slots: Any) -> str:
+    return "+".join(str(number) for number in slots) if isinstance(slots, list | tuple) else str(slots)
 
 
 def summary(report: "Report", folder: "RunFolder", seconds: float) -> str:
