@@ -98,10 +98,8 @@ def test_a_row_runs_and_a_broken_one_does_not_stop_it(tmp_path):
     stage = (
         "stages=[{kind: distill, tokens: 1024, batch_tokens: 512, sequence_length: 128, micro_batch_size: 4, lr: 1e-3}]"
     )
-    rows = [
-        {"name": "broken", "overrides": ["mixer.slot=1"]},
-        {"name": "small", "overrides": ["mixer.slots=16", stage, "evaluate.windows=2", "evaluate.window=256"]},
-    ]
+    small = ["mixer.slots=16", "place={windows: 1, window: 96}", stage, "evaluate.windows=2", "evaluate.window=256"]
+    rows = [{"name": "broken", "overrides": ["mixer.slot=1"]}, {"name": "small", "overrides": small}]
     table = tmp_path / "table.yaml"
     table.write_text(json.dumps(rows))
     command = [sys.executable, SCRIPT, "--table", table, "--output", tmp_path / "out", "--seeds", "4"]

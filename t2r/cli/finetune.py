@@ -28,13 +28,16 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str, dry_run: 
         click.echo(dump(recipe), nl=False)
         click.echo(_outline(recipe))
         return
+    from t2r.cli.place import placed
     from t2r.cli.run import prepare
     from t2r.train import finetune, processes
 
     state = processes()
     if state.is_main_process:
+        recipe = placed(recipe)
         prepare(recipe, RunFolder(recipe))
     state.wait_for_everyone()
+    recipe = placed(recipe)  # the others read what the main process has measured
     model = finetune(recipe, resume=resume if resume in ("auto", "never") else Path(resume))
     if state.is_main_process:
         click.echo(model)

@@ -121,7 +121,7 @@ def _write(recipe: "Recipe", mixers: list[dict[str, Any]], path: Path) -> None:
     from t2r.recipe import parse_recipe
 
     text = yaml.safe_dump(
-        {**recipe.model_dump(mode="json"), "mixer": mixers}, sort_keys=False, allow_unicode=True, width=110
+        {**recipe.model_dump(mode="json"), "mixer": mixers, "place": {}}, sort_keys=False, allow_unicode=True, width=110
     )
     header = f"# t2r run {path}\n#\n# Layers chosen by: {shlex.join(command_line())}\n"
     parse_recipe(header + text, name=str(path))

@@ -33,6 +33,7 @@ class RunFolder:
         self.recipe = recipe
         self.path = Path(recipe.output)
         self.recipe_file = self.path / "recipe.yaml"
+        self.placement = self.path / "placement.json"
         self.converted = self.path / "converted"
         self.stages = [
             StageFolder(self.path / "stages" / f"{index}-{stage.kind}") for index, stage in enumerate(recipe.stages, 1)
@@ -40,6 +41,16 @@ class RunFolder:
         self.model = self.path / "model"
         self.controls = self.path / "controls"
         self.evaluation = self.path / "evaluation"
+
+    def check(self) -> None:
+        """
+        Raises:
+            InputError: the folder is something else than a run's.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path}: output is a file; name a folder")
+        if (self.path / CONFIG).exists():
+            raise InputError(f"{self.path}: output is the folder of a model; name another")
 
     def claim(self) -> None:
         """Make the folder this recipe's: write recipe.yaml, or check that the one there would give the same models.
@@ -50,10 +61,7 @@ class RunFolder:
         Raises:
             InputError: the folder holds another recipe's work, or is something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path}: output is a file; name a folder")
-        if (self.path / CONFIG).exists():
-            raise InputError(f"{self.path}: output is the folder of a model; name another")
+        self.check()
         if self.recipe_file.is_file():
             stored = parse_recipe(self.recipe_file.read_text(), name=str(self.recipe_file))
             difference = _difference(self._settled(stored), self._settled(self.recipe))

@@ -62,6 +62,15 @@ class Calibrate(Section):
     window: Count = Field(default=2048, description="tokens per window")
 
 
+class Place(Section):
+    """Whether `t2r run` and `t2r finetune` share the mixer's slots out among the key/value heads before the conversion:
+    the same number in all, where a measurement on the first windows of the training text wants them, as
+    `t2r select-layers --slots` does. It loads the teacher; what was chosen is kept in the output folder."""
+
+    windows: Annotated[int, Field(ge=0)] = Field(default=0, description="windows of text; 0: slots as the mixer says")
+    window: Count = Field(default=2048, description="tokens per window; no head gets that many slots")
+
+
 class Evaluate(Section):
     """What `t2r run` measures at the end, on teacher, student and controls."""
 
@@ -120,6 +129,7 @@ class Recipe(Section):
     model: Model
     mixer: Annotated[list[AnyMixerOptions], BeforeValidator(_as_list), Field(min_length=1)]
     data: Data
+    place: Place = Place()
     calibrate: Calibrate = Calibrate()
     stages: list[Stage] = Field(min_length=1)
     evaluate: Evaluate = Evaluate()
@@ -138,6 +148,12 @@ class Recipe(Section):
             return value
         stages = [{"sequence_length": length, **s} if isinstance(s, dict) else s for s in value["stages"]]
         return {**value, "stages": stages}
+
+    @model_validator(mode="after")
+    def _one_mixer_is_placed(self) -> "Recipe":
+        if self.place.windows and len(self.mixer) > 1:
+            raise ValueError(f"place.windows: slots are placed for one mixer, not for {len(self.mixer)}; set it to 0")
+        return self
 
     @model_validator(mode="after")
     def _validation_is_there(self) -> "Recipe":
