@@ -93,6 +93,21 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
+        tasks: dict[str, TaskResult] = {}
+        samples: list[dict[str, Any]] = []
+        if specs:  # first: what lacks its data is told before anything is measured
+            tasks, samples = harness.run_tasks(
+                model,
+                tokenizer,
+                specs,
+                limit=options.limit,
+                batch_size=options.batch_size,
+                max_length=options.max_length,
+                offline_root=options.offline_root,
+                tasks_root=options.tasks_root,
+                seed=options.seed,
+                folder=folder,
+            )
         spoken = None
         parts: list[ComponentResult] = []
         if documents is not None:
@@ -109,21 +124,6 @@ def evaluate(
             )
             spoken = read(teacher=teacher)
             parts = measure_components(components or {}, spoken, read)
-        tasks: dict[str, TaskResult] = {}
-        samples: list[dict[str, Any]] = []
-        if specs:
-            tasks, samples = harness.run_tasks(
-                model,
-                tokenizer,
-                specs,
-                limit=options.limit,
-                batch_size=options.batch_size,
-                max_length=options.max_length,
-                offline_root=options.offline_root,
-                tasks_root=options.tasks_root,
-                seed=options.seed,
-                folder=folder,
-            )
         recall: list[RecallPoint] = []
         if "synthetic" in options.suites:
             found, recall, rows = run_synthetic(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from t2r_evals import EvaluationOptions, InputError, compare, evaluate, harness
+from t2r_evals import EvaluationOptions, InputError, compare, evaluate, harness, language
 from t2r_evals.offline import offline_data, tree_key
 from t2r_evals.suites import SUITES, TaskSpec, resolve_tasks
 
@@ -115,6 +115,15 @@ def test_tree_without_the_data_is_one_line(model: Any, tokenizer: Any, tmp_path:
         run(model, tokenizer, tmp_path, TaskSpec("piqa"), TaskSpec("fda"))
     with pytest.raises(InputError, match=r"for fda \(hazyresearch/based-fda\), swde \(hazyresearch/based-swde-v2\)"):
         harness.check_data(["recall"], [], tmp_path)
+
+
+def test_missing_data_is_told_before_anything_is_measured(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language, "measure", lambda *_, **__: pytest.fail("measured"))
+    options = EvaluationOptions(suites=("language",), tasks=("piqa",), offline_root=tmp_path)
+    with pytest.raises(InputError, match="no data at"):
+        evaluate(model, tokenizer, name="m", role="student", documents=["text " * 99], options=options)
 
 
 def test_unknown_task_names_the_nearest(model: Any, tokenizer: Any, tmp_path: Path) -> None:
