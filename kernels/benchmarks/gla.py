@@ -2,8 +2,8 @@
 
 Prints a table and writes `gla.json`. What does not agree with the float64 definition in the same run gets no time.
 Beside ours stand the torch path, which runs where there is no Triton, the floor in bytes and, where it is installed,
-flash-linear-attention: chunk_gla for a gate on keys, chunk_simple_gla for one per head or none. It has no gate on
-values, and no groups of query heads: keys, values and gates are repeated for it, as its users have to.
+flash-linear-attention: chunk_gla for a gate on keys, chunk_simple_gla for one per head. It has no groups of query heads:
+keys, values and gates are repeated for it, as its users have to.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SHAPES = ((16, 2048, H), (1, 32768, H), (16, 2048, HQ))  # batch, length, key/va
 BATCHES = (1, 16, 64, 256)
 
 
-def fla(q, k, v, log_decay=None, *, gate: str | None):
+def fla(q, k, v, log_decay, *, gate: str | None):
     """flash-linear-attention's operator for this gate."""
     from fla.ops.gla import chunk_gla
     from fla.ops.simple_gla import chunk_simple_gla
 
-    k, v, log_decay = (x if x is None else x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v, log_decay))
+    k, v, log_decay = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v, log_decay))
     run = chunk_gla if gate == "key" else chunk_simple_gla
     return run(q, k, v, log_decay, scale=D**-0.5)
 
@@ -41,7 +41,7 @@ def fla(q, k, v, log_decay=None, *, gate: str | None):
 def candidates(gate: str | None) -> dict[str, Callable]:
     """What is timed, by name."""
     found: dict[str, Callable] = {name: partial(gla, gate=gate, backend=name) for name in ("triton", "torch")}
-    if importlib.util.find_spec("fla") is not None and gate != "value":
+    if importlib.util.find_spec("fla") is not None and gate in ("key", "scalar"):
         found["fla"] = partial(fla, gate=gate)
     return found
 
