@@ -4,8 +4,8 @@ A step is a copy of the states with a little arithmetic, so what counts is bytes
 anything else. A program is one warp, in two teams of 16 lanes (one of 32, where a lane would hold too much). A team has
 some slots of its own in every slice of the states, which stream through registers, and a running softmax over them; the
 teams meet once, at the end, in registers. Two warps would meet in shared memory, where eight lanes want the same bank
-at a time: a seventh of the whole step, where every multiprocessor has four programs. Where programs are few, two warps are
-faster all the same, for each has half of what follows one another.
+at a time: a seventh of the whole step, where every multiprocessor has four programs. Where programs are few, two warps
+are faster all the same, for each has half of what follows one another.
 
 The shape of the tiles says which thread holds what, for Triton gives a thread the last dimension and deals out lanes,
 then warps from the first on. Here it is [lanes, teams, slots, heads, blocks, 4]: a team has whole rows of a state, a
