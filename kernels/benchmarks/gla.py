@@ -2,8 +2,8 @@
 
 Prints a table and writes `gla.json`. What does not agree with the float64 definition in the same run gets no time.
 Beside ours stand the torch path, which runs where there is no Triton, the floor in bytes and, where it is installed,
-flash-linear-attention: chunk_gla for a gate on keys, chunk_simple_gla for one per head. It has no groups of query heads:
-keys, values and gates are repeated for it, as its users have to.
+flash-linear-attention: chunk_gla for a gate on keys, chunk_simple_gla for one per head. It has no groups of query
+heads: keys, values and gates are repeated for it, as its users have to.
 """
 
 from __future__ import annotations
