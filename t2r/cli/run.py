@@ -46,11 +46,12 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     windows = [window_only(mixer) for mixer in recipe.mixer] if "window-only" in controls else []
     folder = RunFolder(recipe)
     finetuned = teacher_finetuned(recipe, folder) if "teacher-finetuned" in controls else None
-    if not is_finished(recipe):
+    finished = is_finished(recipe)  # hashes every stage's model: once
+    if not finished:
         offline_root = recipe.evaluate.offline_root
         check_data(recipe.evaluate.suites, recipe.evaluate.tasks, Path(offline_root) if offline_root else None)
     prepare(recipe, folder, calibrate=recipe.calibrate.windows > 0)
-    train_student(recipe, folder, resume)
+    train_student(recipe, folder, resume, finished=finished)
     if windows:
         _convert(recipe, windows, folder.controls / "window-only")
     if finetuned is not None:
@@ -119,11 +120,11 @@ def _init_report(recipe: "Recipe", source: str) -> dict[str, Any]:
     return report
 
 
-def train_student(recipe: "Recipe", folder: "RunFolder", resume: str) -> None:
+def train_student(recipe: "Recipe", folder: "RunFolder", resume: str, *, finished: bool) -> None:
     """All stages; the final student in `model/`."""
-    from t2r.train import finetune, is_finished
+    from t2r.train import finetune
 
-    if resume == "auto" and is_finished(recipe):
+    if resume == "auto" and finished:
         _say(f"{folder.model}: there and verified, kept")
     else:
         finetune(recipe, resume=resume)
@@ -132,10 +133,11 @@ def train_student(recipe: "Recipe", folder: "RunFolder", resume: str) -> None:
 def _finetune_teacher(recipe: "Recipe", resume: str) -> None:
     """The control "teacher-finetuned", a run of its own below `controls/`."""
     from t2r.recipe import RunFolder
+    from t2r.train import is_finished
 
     folder = RunFolder(recipe)
     prepare(recipe, folder)
-    train_student(recipe, folder, resume)
+    train_student(recipe, folder, resume, finished=is_finished(recipe))
 
 
 def measure_and_report(recipe: "Recipe", folder: "RunFolder", started: float) -> "Report":
