@@ -55,8 +55,8 @@ def command(
     is KL(teacher || student) in nats per token. Any teacher: model.source=MODEL data.source=TEXT.
     """
     from t2r.convert.calibrate import Probe, calibration_windows
-    from t2r.convert.select import check_keep, check_slots, grouped, keep_layers, place_slots, rank, without
-    from t2r.convert.select_heads import check_heads, place_heads
+    from t2r.convert.select import check_keep, grouped, keep_layers, rank, without
+    from t2r.convert.select_slots import check_slots, place_slots
     from t2r.errors import InputError
     from t2r.model import assign_mixers, load
     from t2r.recipe import load_recipe
@@ -69,7 +69,7 @@ def command(
     if slots is not None and len(recipe.mixer) > 1:
         raise InputError(f"--slots: the recipe has {len(recipe.mixer)} mixers; slots are placed for one")
     if slots is not None:
-        (check_heads if each == "head" else check_slots)(recipe.mixer[0], slots)
+        check_slots(recipe.mixer[0], slots, by_head=each == "head")
     documents = stream_documents(open_source(recipe.data))
     teacher, tokenizer = load(
         resolve(recipe.model.source), dtype=recipe.model.dtype if dtype == "recipe" else dtype, device=device
@@ -88,7 +88,7 @@ def command(
         (options,) = recipe.mixer
         rest = [layer for layer, entry in enumerate(entries) if entry is not None and layer not in kept]
         options = options.model_copy(update={"layers": ",".join(map(str, rest))})
-        entries = (place_heads if each == "head" else place_slots)(probe, options, slots=slots, tell=_say)
+        entries = place_slots(probe, options, slots=slots, by_head=each == "head", tell=_say)
         numbers = ("softmax" if entry is None else str(entry["slots"]) for entry in entries)
         click.echo(f"slots by layer: {'  '.join(numbers)}")
     entries = without(entries, kept)

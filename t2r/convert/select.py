@@ -1,19 +1,15 @@
-"""Which layers keep softmax attention, and how many slots each of the others gets: decided by measuring what each
-choice costs, KL(teacher || student) on text before any training."""
+"""Which layers keep softmax attention: decided by measuring what each choice costs, KL(teacher || student) on text
+before any training."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from t2r.convert.calibrate import Probe, Score
+from t2r.convert.calibrate import Probe
 from t2r.convert.swap import Entry
 from t2r.errors import InputError
-from t2r.model.mixers import MixerOptions, assign_mixers, parse_options
+from t2r.model.mixers import MixerOptions, parse_options
 
 Told = Callable[[str], None]
-Placed = dict[int, int]  # slots by layer
-SMALLEST = 16  # slots
-_WORTH = 1e-3  # moving slots must lower the KL by this fraction
 
 
 class LayerScore(NamedTuple):
@@ -78,71 +74,6 @@ def without(entries: Sequence[Entry], layers: Sequence[int]) -> list[Entry]:
     return [None if layer in layers else entry for layer, entry in enumerate(entries)]
 
 
-def place_slots(probe: Probe, options: MixerOptions, *, slots: int, tell: Told = print) -> list[Entry]:
-    """The mixer of each layer, None where `options` are not for it: slots per layer, each `slots` times a power of two,
-    so that their mean is at most `slots` and the KL of the whole student small.
-
-    Every layer starts with four times the mean, the most that any gets, and the layer whose halving costs least KL per
-    slot saved is halved until the mean fits. From there, or from the same number everywhere where that is better, one
-    layer at a time is doubled at the expense of those whose halving costs least, while that lowers the KL.
-
-    Raises:
-        InputError: a mixer without slots, or too few of them.
-    """
-    check_slots(options, slots)
-    layers = [i for i, entry in enumerate(assign_mixers(options, probe.layers)) if entry is not None]
-    budget, most = slots * len(layers), 4 * slots
-
-    def score(placed: Placed) -> Score:
-        return probe.score([with_slots(options, placed[i]) if i in placed else None for i in range(probe.layers)])
-
-    def halving_cost(placed: Placed, i: int) -> float:
-        """KL per slot saved; infinite where there is nothing to halve."""
-        if placed[i] // 2 < SMALLEST:
-            return math.inf
-        return (score(placed | {i: placed[i] // 2}).kl - score(placed).kl) / (placed[i] - placed[i] // 2)
-
-    def doubled(placed: Placed, layer: int, costs: dict[int, float]) -> Placed | None:
-        """`layer` doubled and the cheapest others halved until the budget holds; None where they do not suffice."""
-        changed = placed | {layer: placed[layer] * 2}
-        for other in sorted((i for i in costs if costs[i] < math.inf), key=costs.__getitem__):
-            if other != layer and sum(changed.values()) > budget:
-                changed[other] //= 2
-        return changed if changed[layer] <= most and sum(changed.values()) <= budget else None
-
-    placed = dict.fromkeys(layers, most)
-    costs = {i: halving_cost(placed, i) for i in layers}
-    while sum(placed.values()) > budget:
-        # Halving one layer hardly ever makes another's cheaper: a cost is measured anew only when it is the lowest.
-        known: set[int] = set()
-        while (cheapest := min(costs, key=costs.__getitem__)) not in known:
-            costs[cheapest] = halving_cost(placed, cheapest)
-            known.add(cheapest)
-        placed = placed | {cheapest: placed[cheapest] // 2}
-        costs[cheapest] = halving_cost(placed, cheapest)
-        tell(_told(placed, score(placed)))
-    placed = min(placed, dict.fromkeys(layers, slots), key=lambda choice: score(choice).kl)
-    while True:
-        costs = {i: halving_cost(placed, i) for i in layers}
-        moves = [move for i in layers if (move := doubled(placed, i, costs)) is not None]
-        best = min(moves, key=lambda move: score(move).kl, default=placed)
-        if score(best).kl >= score(placed).kl * (1 - _WORTH):
-            return [with_slots(options, placed[i]) if i in placed else None for i in range(probe.layers)]
-        placed = best
-        tell(_told(placed, score(placed)))
-
-
-def check_slots(options: MixerOptions, slots: int) -> None:
-    """
-    Raises:
-        InputError: a mixer without slots, or too few of them.
-    """
-    if not hasattr(options, "slots"):
-        raise InputError(f"slots: mixer {options.name} has none to place")
-    if slots < SMALLEST:
-        raise InputError(f"slots: a mean of {slots}, must be at least {SMALLEST}")
-
-
 def with_slots(options: MixerOptions, slots: int | Sequence[int]) -> dict[str, Any]:
     """One layer's entry of a mixer with another number of slots, or one for each key/value head; a ring keeps its share
     of those beside the sinks."""
@@ -164,8 +95,3 @@ def grouped(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         if entry is not None:
             groups.setdefault(repr(sorted(entry.items())), (entry, []))[1].append(layer)
     return [{**entry, "layers": ",".join(map(str, layers))} for entry, layers in groups.values()]
-
-
-def _told(placed: Placed, score: Score) -> str:
-    slots = " ".join(str(placed[layer]) for layer in sorted(placed))
-    return f"slots {slots} (sum {sum(placed.values())}): KL {score.kl:.4f}, loss {score.loss:.4f}"

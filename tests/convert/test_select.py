@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from t2r.convert import convert
 from t2r.convert.calibrate import Probe, calibration_windows, far_repeats, init_report
-from t2r.convert.select import grouped, keep_layers, place_slots, rank, with_slots, without
-from t2r.convert.select_heads import ladder, place_heads, share_out
+from t2r.convert.select import grouped, keep_layers, rank, with_slots, without
+from t2r.convert.select_slots import ladder, place_slots, share_out
 from t2r.convert.swap import SwappedStudent
 from t2r.errors import InputError
 from t2r.model import assign_mixers, load, parse_options
@@ -134,12 +134,12 @@ def test_the_chosen_pair_beats_most_pairs_on_text_it_has_not_seen(probe, held_ou
     assert first.kept < probe.score(entries).kl
 
 
-@pytest.mark.parametrize("place", [place_slots, place_heads])
-def test_slots_go_where_they_are_needed(teacher, probe, place):
+@pytest.mark.parametrize("by_head", [True, False])
+def test_slots_go_where_they_are_needed(teacher, probe, by_head):
     model, tokenizer = teacher
     unseen = Probe(model, calibration_windows(texts("train")[20:], tokenizer, windows=3, window=384))
     options = small("1,2,4", slots=32)
-    ours = place(probe, options, slots=32, tell=silent)
+    ours = place_slots(probe, options, slots=32, by_head=by_head, tell=silent)
     assert [layer for layer, entry in enumerate(ours) if entry] == [1, 2, 4]
     assert sum(np.mean(entry["slots"]) for entry in ours if entry) <= 32 * 3
     for text in (probe, unseen):
