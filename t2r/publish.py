@@ -85,16 +85,18 @@ def _partial(destination: Path) -> Iterator[Path]:
 
 def _abandoned(folder: Path) -> bool:
     """Whether the process that made `folder` is gone. Where the file system has no locks, it is taken to be."""
-    with suppress(FileNotFoundError):
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        finally:
-            os.close(descriptor)
+    except OSError:  # gone itself, or not ours to look at
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
     return True
 
 
