@@ -47,8 +47,8 @@ def alike_gradient(
 @triton.jit
 def factored_gradient(rb, yb, b, right, left, t, dy, flow, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr):
     """Like `alike_gradient` for factored decays; dy lacks the factor `left`. What crosses a token is what is read from
-    it on less what is written from it on: sums over one tile of the same rounded terms, whose difference leaves no more
-    than fp32 rounds."""
+    it on less what is written from it on: sums over one tile of the same rounded terms, whose difference leaves only
+    the rounding of those sums' operands to 16 bits."""
     i = tl.arange(0, yb.shape[0])
     pairs = tl.where(i[None, :] <= t[:, None], b, 0.0).to(CT)
     reader = (rb * right).to(CT)
