@@ -247,12 +247,14 @@ class _Piece(NamedTuple):
         else:
             products, d_scores = (y.view(x, size, -1, size) for y in (q @ k.mT, do @ v.mT))
             d_products = (d_scores * since_token.mT).flatten(1, 2)
-            d_rows, seen = (y.view(x, size, -1, v.shape[-1]) for y in (do, q @ entry))
+            d_rows = do.view(x, size, -1, v.shape[-1])
             d_seen = (d_rows * since).flatten(1, 2)
-            d_start, d_entry = (d_rows * seen).sum((2, 3))[..., None], q.mT @ d_seen
+            d_entry = q.mT @ d_seen
             d_q, d_k = torch.baddbmm(d_seen @ entry.mT, d_products, k), d_products.mT @ q
             d_v = (products * since_token.mT).flatten(1, 2).mT @ do
-            d_token = (d_scores * products).sum(2)[..., None]
+            if self.gate == "scalar":
+                d_start = (d_rows * (q @ entry).view_as(d_rows)).sum((2, 3))[..., None]
+                d_token = (d_scores * products).sum(2)[..., None]
 
         d_state = self.blocks.sort(d_final)
         d_state = (d_state.mT if self.gate == "value" else d_state).clone()
@@ -266,13 +268,14 @@ class _Piece(NamedTuple):
             d_k.baddbmm_(to_end, d_update)
         else:
             d_written = v @ d_update.mT
-            d_token[:, -1] += (d_written * k).sum(-1, keepdim=True)
             d_v.baddbmm_(to_end * k, d_update)
             d_k.addcmul_(d_written, to_end)
-        through = (d_update * entry).sum(-1)
-        d_start[:, -1] += through if self.gate in ("key", "value") else through.sum(-1, keepdim=True)
+            if self.gate == "scalar":
+                d_token[:, -1] += (d_written * k).sum(-1, keepdim=True)
         d_alpha = None
         if self.gate is not None:
+            through = (d_update * entry).sum(-1)
+            d_start[:, -1] += through.sum(-1, keepdim=True) if self.gate == "scalar" else through
             d_alpha, d_written = decays_backward(alpha, since_start, since_token, d_start, d_token)
             d_k = d_written if self.gate == "key" else d_k
             d_v = d_written if self.gate == "value" else d_v
