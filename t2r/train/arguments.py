@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 def processes() -> PartialState:
     """torchrun's processes, or this one alone."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    # Not torch's ten minutes: the others wait while one downloads a teacher, places its slots and converts it.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=3))
 
 
 def check_stage(recipe: Recipe, stage: Stage) -> None:
