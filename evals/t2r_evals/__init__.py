@@ -4,7 +4,7 @@
 """
 
 from t2r_evals.errors import InputError
-from t2r_evals.evaluate import EvaluationOptions, evaluate
+from t2r_evals.evaluate import EvaluationOptions, check_text, evaluate
 from t2r_evals.report import load_report, render_html, render_markdown, write_report
 from t2r_evals.schema import Conversion, ModelResult, Report, Sample, Stage
 
@@ -16,6 +16,7 @@ __all__ = [
     "Report",
     "Sample",
     "Stage",
+    "check_text",
     "evaluate",
     "load_report",
     "render_html",

@@ -13,7 +13,7 @@ from t2r_evals.errors import InputError
 from t2r_evals.schema import ComponentResult, ModelResult, RecallPoint, Record, Role, TaskResult
 from t2r_evals.speed import measure_speed
 from t2r_evals.suites import resolve_tasks
-from t2r_evals.synthetic import run_synthetic
+from t2r_evals.synthetic import make_items, run_synthetic
 
 
 class EvaluationOptions(Record):
@@ -54,6 +54,18 @@ class EvaluationOptions(Record):
     far_repeat_gap: int = Field(128, ge=1)
     far_repeat_min_id: int = Field(300, ge=0)
     seed: int = 0
+
+
+def check_text(tokenizer: Any, documents: Sequence[str] | None, options: EvaluationOptions) -> None:
+    """Whether text and lengths suffice, before a model is loaded or trained.
+
+    Raises:
+        InputError: fewer windows of text than the options ask for, or a length without room for a look-up.
+    """
+    if documents is not None:
+        language.scored_stream(tokenizer, documents, windows=options.windows, window=options.window)
+    if "synthetic" in options.suites:
+        make_items(tokenizer, min(options.recall_lengths), 1, options.seed)
 
 
 def evaluate(

@@ -54,6 +54,26 @@ def token_stream(tokenizer: Any, documents: Sequence[str], *, tokens: int | None
     return TokenStream(np.array(ids, dtype=np.int64), np.array(sizes, dtype=np.int64))
 
 
+def scored_stream(
+    tokenizer: Any, documents: Sequence[str], *, windows: int | None, window: int
+) -> tuple[TokenStream, int]:
+    """The tokens of the first `windows` windows (None: of all full ones) with the last target, and their number.
+
+    Raises:
+        InputError: fewer than `windows` full windows of text, or none at all.
+    """
+    stream = token_stream(tokenizer, documents, tokens=None if windows is None else windows * window + 1)
+    available = (len(stream.ids) - 1) // window
+    if available < (windows or 1):
+        raise InputError(
+            f"documents: {len(stream.ids)} tokens make {max(available, 0)} windows of {window}; "
+            f"windows={windows or 1} needs {(windows or 1) * window + 1}"
+        )
+    count = windows or available
+    used = slice(0, count * window + 1)
+    return TokenStream(stream.ids[used], stream.bytes[used]), count
+
+
 def far_repeats(inputs: np.ndarray, targets: np.ndarray, *, gap: int, min_id: int) -> np.ndarray:
     """Positions of one window whose bigram (input, target) occurred before, last time more than `gap` positions ago,
     with a target id above `min_id` (in most tokenizers the ids below are bytes and single characters).
@@ -90,27 +110,17 @@ def measure(
     """Score `model` on the first `windows` windows of `documents` (None: all full windows).
 
     Raises:
-        InputError: fewer than `windows` full windows of text, or none at all.
+        InputError: as `scored_stream`.
     """
     start = time.perf_counter()
-    wanted = None if windows is None else windows * window + 1
-    stream = token_stream(tokenizer, documents, tokens=wanted)
-    available = (len(stream.ids) - 1) // window
-    if available < (windows or 1):
-        raise InputError(
-            f"documents: {len(stream.ids)} tokens make {max(available, 0)} windows of {window}; "
-            f"windows={windows or 1} needs {(windows or 1) * window + 1}"
-        )
-    count = windows or available
-    used = slice(0, count * window + 1)
-    ids = stream.ids[used]
-    inputs, targets = ids[:-1].reshape(count, window), ids[1:].reshape(count, window)
+    stream, count = scored_stream(tokenizer, documents, windows=windows, window=window)
+    inputs, targets = stream.ids[:-1].reshape(count, window), stream.ids[1:].reshape(count, window)
     losses, kl, agreement = _score(model, teacher, torch.from_numpy(inputs), torch.from_numpy(targets), batch_size)
     repeats = np.stack(
         [far_repeats(x, y, gap=far_repeat_gap, min_id=far_repeat_min_id) for x, y in zip(inputs, targets, strict=True)]
     )
     loss = float(losses.mean())
-    size = int(stream.bytes[used][1:].sum())
+    size = int(stream.bytes[1:].sum())
     return LanguageResult(
         windows=count,
         window=window,
@@ -127,7 +137,7 @@ def measure(
         window_losses=losses.mean(axis=1).tolist(),
         kl_to_teacher=kl,
         top1_agreement=agreement,
-        data_sha256=hashlib.sha256(ids.tobytes()).hexdigest(),
+        data_sha256=hashlib.sha256(stream.ids.tobytes()).hexdigest(),
         seconds=time.perf_counter() - start,
     )
 

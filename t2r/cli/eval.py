@@ -123,9 +123,9 @@ def command(
     import time
 
     from t2r.cli.measure import Measuring
-    from t2r.model import locate
+    from t2r.model import load_tokenizer, locate
     from t2r.resources import resolve
-    from t2r_evals import EvaluationOptions, Report, write_report
+    from t2r_evals import EvaluationOptions, Report, check_text, write_report
     from t2r_evals.harness import check_tasks
     from t2r_evals.provenance import machine, versions
 
@@ -136,6 +136,7 @@ def command(
     subjects += [(model, "student"), *((control, "control") for control in controls)]
     # All of them before any is measured: a name may be mistyped.
     folders = [locate(resolve(source)) for source, _ in subjects]
+    check_text(load_tokenizer(folders[0]), documents, asked)
     names = _labels([source for source, _ in subjects])
     teacher = folders[0] if baseline and kl else None
     measuring = Measuring(output / "evaluation", asked, documents, dtype, device, teacher)

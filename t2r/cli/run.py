@@ -51,6 +51,7 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
     if not finished:
         offline_root = recipe.evaluate.offline_root
         check_data(recipe.evaluate.suites, recipe.evaluate.tasks, Path(offline_root) if offline_root else None)
+        _check_text(recipe)
     prepare(recipe, folder, calibrate=recipe.calibrate.windows > 0)
     train_student(recipe, folder, resume, finished=finished)
     if windows:
@@ -59,6 +60,14 @@ def command(recipe_name: str, overrides: tuple[str, ...], resume: str) -> None:
         _finetune_teacher(finetuned, "never" if resume == "never" else "auto")
     report = measure_and_report(recipe, folder, started)
     click.echo(summary(report, folder, time.monotonic() - started))
+
+
+def _check_text(recipe: "Recipe") -> None:
+    from t2r.model import load_tokenizer
+    from t2r.resources import resolve
+    from t2r_evals import check_text
+
+    check_text(load_tokenizer(resolve(recipe.model.source)), _validation_documents(recipe), _options(recipe))
 
 
 def prepare(recipe: "Recipe", folder: "RunFolder", *, calibrate: bool = False) -> None:

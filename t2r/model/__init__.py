@@ -17,7 +17,7 @@ from transformers import (
 from t2r.model.cache import RecurrentLayer, StudentCache
 from t2r.model.configuration import STUDENT_CONFIGS, host_config, student_config
 from t2r.model.describe import describe
-from t2r.model.loading import load, locate
+from t2r.model.loading import load, load_tokenizer, locate
 from t2r.model.mixers import MIXERS, Mixer, MixerOptions, assign_mixers, layer_generator, parse_layers, parse_options
 from t2r.model.modeling import (
     T2RLlamaForCausalLM,
@@ -66,6 +66,7 @@ __all__ = [
     "host_config",
     "layer_generator",
     "load",
+    "load_tokenizer",
     "locate",
     "parse_layers",
     "parse_options",

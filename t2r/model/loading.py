@@ -1,6 +1,8 @@
 """Load a teacher or a student and its tokenizer by path or Hub id."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
     source, folder = str(path), locate(path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # lines that overwrite each other are for terminals
-    try:
+    with _told_in_one_line(source):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -42,11 +44,7 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
             output_loading_info=True,
         )
         model, told = loaded
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise InputError(f"{source}: cannot be loaded: {' '.join(str(error).split())}") from error
+    tokenizer = load_tokenizer(folder)
     if missing := sorted(told["missing_keys"]):
         # transformers would go on with random numbers in their place
         raise InputError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -55,6 +53,26 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         return model.to(target).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model by path or Hub id.
+
+    Raises:
+        InputError: as `locate`, or no tokenizer there.
+    """
+    with _told_in_one_line(str(path)):
+        return AutoTokenizer.from_pretrained(locate(path), trust_remote_code=False)
+
+
+@contextmanager
+def _told_in_one_line(source: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise InputError(f"{source}: cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def locate(path: str | Path) -> Path:

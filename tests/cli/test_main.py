@@ -62,6 +62,8 @@ def test_every_verb_has_help(verb):
         (["run", "demo", "data.source=no.txt"], "data.source no.txt: no such file"),
         (["finetune", "demo", "data.validation.source=no.txt"], "data.source no.txt: no such file"),
         (["finetune", "demo", "data.text_field=txt"], "no column 'txt'; columns are"),
+        (["run", "demo", "evaluate.windows=9999"], "windows=9999 needs"),
+        (["run", "demo", "evaluate={suites: [synthetic], recall_lengths: [9]}"], "9 tokens are too few for a look-up"),
         (["run", "demo", "model.source=nowhere"], "nowhere: no such folder, and not a Hub id"),
         (["finetune", "demo", "mixer={name: gsa, layers: 3-99}"], "'3-99' in '3-99' must lie in 0-5"),
     ],

@@ -60,6 +60,7 @@ def test_interrupt_keeps_what_is_done(
     text.write_text(DOCUMENTS)
     out = tmp_path / "out"
     arguments = [embedded_teacher, "--baseline", embedded_teacher, "--text", text, "--output", out, "--device", "cpu"]
+    arguments += ["--windows", 1, "--window", 64]
     assert t2r(monkeypatch, "eval", *arguments) == 130
     report = json.loads((out / "report.json").read_text())
     assert [r["role"] for r in report["results"]] == ["teacher"]
@@ -72,6 +73,19 @@ def test_interrupt_keeps_what_is_done(
         "measured before, kept",
         "measuring",
     ]
+
+
+def test_too_little_text_is_told_before_a_model_is_loaded(
+    embedded_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from t2r.cli.measure import Measuring
+
+    monkeypatch.setattr(Measuring, "result", lambda *_: pytest.fail("measured"))
+    (tmp_path / "text.txt").write_text("short")
+    arguments = ["eval", embedded_teacher, "--text", tmp_path / "text.txt", "--output", tmp_path / "out"]
+    assert t2r(monkeypatch, *arguments) == 2
+    assert "windows=48 needs 98305" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_kept_belongs_to_the_model_its_teacher_the_options_and_the_text(
