@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
 
 from t2r.errors import InputError
-from t2r.model import load
+from t2r.model import load, load_tokenizer
 from t2r.publish import CONFIG, publish
 from t2r.recipe import FinetuneStage, Recipe, RunFolder, Stage, StageFolder
 from t2r.resources import resolve
@@ -65,6 +65,9 @@ def finetune(recipe: Recipe, *, resume: Resume | str = "auto") -> Path:
     state.wait_for_everyone()
     source = open_source(recipe.data)
     validation = read_documents(recipe.data.validation) if recipe.data.validation else []
+    if validation:  # enough for the longest rows, which may come last
+        longest = max(stage.sequence_length for stage in recipe.stages)
+        validation_windows(validation, load_tokenizer(folder.converted), length=longest, count=1)
     before, data_state, teacher = folder.converted, None, None
     with StopSignal() as stop:
         for stage, place in zip(recipe.stages, folder.stages, strict=True):

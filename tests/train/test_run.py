@@ -348,6 +348,18 @@ def test_a_last_stage_that_cannot_run_is_told_before_the_first(
     assert not RunFolder(recipe).stages[0].path.exists()
 
 
+def test_too_little_validation_text_for_the_last_stage_is_told_before_the_first(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "validation.txt").write_text("word " * 40)
+    long = {**STAGES["finetune"], "sequence_length": 512, "batch_tokens": 1024, "tokens": 1024}
+    data = {"validation": {"source": str(tmp_path / "validation.txt")}}
+    recipe = make_recipe(STAGES["align"], long, data=data)
+    with pytest.raises(InputError, match="fewer than one window of 512"):
+        finetune(recipe)
+    assert not RunFolder(recipe).stages[0].path.exists()
+
+
 def test_the_folder_of_a_model_is_no_folder_for_a_run(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(STAGES["align"])
     converted = RunFolder(recipe).converted
