@@ -37,14 +37,14 @@ class Measuring:
     def result(self, name: str, role: "Role", model: Path) -> "ModelResult":
         """The stored result when it belongs to this model, these options and this text; otherwise a new one."""
         from t2r.publish import write_whole
-        from t2r_evals import ModelResult, evaluate
+        from t2r_evals import evaluate
 
         teacher = None if role == "teacher" else self.teacher
         file = self.folder / f"{name.replace(' ', '-')}.json"
         key = self._key(model, teacher)
-        if file.is_file() and (stored := json.loads(file.read_text()))["key"] == key:
+        if (kept := _kept(file, key)) is not None:
             click.echo(f"{name}: measured before, kept", err=True)
-            return ModelResult.model_validate(stored["result"])
+            return kept
         click.echo(f"{name}: measuring", err=True)
         beside = None if teacher is None else self.load(teacher)[0]
         loaded, tokenizer = self.load(model)
@@ -84,6 +84,17 @@ class Measuring:
         for part in [*_files(model), "beside", *(_files(teacher) if teacher else []), *parts]:
             digest.update(hashlib.sha256(part.encode()).digest())
         return digest.hexdigest()
+
+
+def _kept(file: Path, key: str) -> "ModelResult | None":
+    """The result in `file`, if it is there, of this key, and one that this version can read."""
+    from t2r_evals import ModelResult
+
+    try:
+        stored = json.loads(file.read_text())
+        return ModelResult.model_validate(stored["result"]) if stored["key"] == key else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _files(model: Path) -> list[str]:

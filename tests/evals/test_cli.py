@@ -119,6 +119,10 @@ def test_what_is_kept_belongs_to_the_model_its_teacher_the_options_and_the_text(
     (copied / "model.safetensors").touch()  # rewritten in its place
     Measuring(*settings[-1][0], "float32", "cpu").result("m", "student", copied)
     assert len(calls) == 5
+    kept = tmp_path / "kept" / "m.json"
+    kept.write_text(kept.read_text().replace('"role"', '"part"'))  # as another version might have written it
+    Measuring(*settings[-1][0], "float32", "cpu").result("m", "student", copied)
+    assert len(calls) == 6
 
 
 def test_a_mistyped_model_is_told_before_any_is_measured(
