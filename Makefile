@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(READY)  ## convert the embedded teacher, finetune, evaluate, report (about 5 minutes on two cores)
+demo: $(READY)  ## convert the embedded teacher, finetune, evaluate, report (about 3 minutes on two cores)
 	$(BIN)/t2r run demo
 
 test: lint  ## ruff, mypy and pytest
