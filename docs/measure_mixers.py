@@ -205,10 +205,12 @@ def above(losses: dict[str, Any], teacher: dict[str, float] | None, key: str) ->
 
 
 def duration(times: dict[str, Any], key: str) -> str:
-    """A time in milliseconds, or why there is none."""
+    """A time, or why there is none."""
     if key not in times:
         return ""
-    return "no memory" if times[key] is None else f"{times[key]:.2f} ms"
+    if times[key] is None:
+        return "no memory"
+    return f"{times[key]:.2f} ms" if times[key] >= 1 else f"{1000 * times[key]:.0f} µs"
 
 
 def place(kind: str, rows: dict[str, dict[str, Any]]) -> str:
