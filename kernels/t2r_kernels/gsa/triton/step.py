@@ -1,16 +1,13 @@
 """One decode step: the states are read once, updated in place and used by every query head of the group.
 
 A step is a copy of the states with a little arithmetic, so what counts is bytes in flight and that nothing waits for
-anything else. A program is one warp, in two teams of 16 lanes (one of 32, where a lane would hold too much). A team has
-some slots of its own in every slice of the states, which stream through registers, and a running softmax over them; the
-teams meet once, at the end, in registers. Two warps would meet in shared memory, where eight lanes want the same bank
-at a time: a seventh of the whole step, where every multiprocessor has four programs. Where programs are few, two warps
-are faster all the same, for each has half of what follows one another.
+anything else. A program is one warp, in teams of `lanes` threads. A team has some slots of its own in every slice of
+the states, which stream through registers, and a running softmax over them; the teams meet once, at the end, in
+registers (warps would meet in shared memory, where bank conflicts cost a seventh of the whole step).
 
-The shape of the tiles says which thread holds what, for Triton gives a thread the last dimension and deals out lanes,
-then warps from the first on. Here it is [lanes, teams, slots, heads, blocks, 4]: a team has whole rows of a state, a
-score is a sum over its lanes, and what follows from the scores is where the rows of V are: nothing else moves between
-threads.
+The shape of the tiles says which thread holds what, for Triton gives a thread the last dimension and deals out lanes
+from the first on. Here it is [lanes, teams, slots, heads, blocks, 4]: a team has whole rows of a state, a score is a
+sum over lanes, and what follows from the scores is where the rows of V are: nothing else moves between threads.
 """
 
 import functools
@@ -22,7 +19,6 @@ from torch import Tensor
 
 from .common import LOG2E, ceil_div, power_of_two, write_weight
 from .launch import launch
-from .walk import processors
 
 WARP = 32
 VECTOR = tl.constexpr(4)  # neighbouring columns of one thread: 16 bytes
@@ -44,9 +40,9 @@ def load_slice(state, slot, d, WIDTH: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def step_kernel(
-    q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, G, scale_log2, LIMITED: tl.constexpr,
+    q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, G, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BLOCKS_K: tl.constexpr,
-    BLOCKS_V: tl.constexpr, LANES: tl.constexpr, TEAMS: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCKS_V: tl.constexpr, LIMITED: tl.constexpr, LANES: tl.constexpr, TEAMS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One (sequence, key/value head)."""
     pid = tl.program_id(0).to(tl.int64)
@@ -61,6 +57,7 @@ def step_kernel(
     own = tl.arange(0, TEAMS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
     slot = own[None, :, :, None, None, None]
     next_k = load_slice(state_k, slot, d, D, M)
+    next_v = load_slice(state_v, slot, e, V, M)
     next_x = tl.load(log_alpha + slot, mask=slot < M, other=0.0)
     one = columns(LANES, TEAMS, 1, 1, BLOCKS_K)
     kb = tl.load(k + pid * D + one, mask=one < D, other=0.0).to(tl.float32)
@@ -68,7 +65,7 @@ def step_kernel(
     vb = tl.load(v + pid * V + one, mask=one < V, other=0.0).to(tl.float32)
     each = columns(LANES, TEAMS, 1, BG, BLOCKS_K)
     g = tl.arange(0, BG)[None, None, None, :, None, None]
-    qb = tl.load(q + (row + g) * D + each, mask=(g < G) & (each < D), other=0.0).to(tl.float32) * scale_log2
+    qb = tl.load(q + (row + g) * D + each, mask=(g < G) & (each < D), other=0.0).to(tl.float32)
     limit = M
     if LIMITED:
         limit = tl.load(visible + b).to(tl.int32)
@@ -76,25 +73,26 @@ def step_kernel(
     total = tl.zeros([TEAMS, BG], tl.float32)
     acc = tl.zeros([LANES, TEAMS, BG, BLOCKS_V, VECTOR], tl.float32)
     for first in range(0, M, TEAMS * SLOTS):
+        # Everything that memory must do for this slice and the next comes before what is computed from this one.
         m = first + slot
         after = m + TEAMS * SLOTS
-        old_v = load_slice(state_v, m, e, V, M)  # while K is worked on; K's next slice while V is
         x = next_x.to(tl.float32) * 1.4426950408889634
         alpha = tl.exp2(x)
-        w = write_weight(x)
+        w = write_weight(tl.maximum(x, -512.0))
         new_k = next_k * alpha + w * kb
         tl.store(state_k + m * D + d, new_k, mask=(m < M) & (d < D))
         next_k = load_slice(state_k, after, d, D, M)
         next_x = tl.load(log_alpha + after, mask=after < M, other=0.0)
-        s = tl.sum(tl.sum(tl.sum(new_k * qb, 5), 4), 0)
+        new_v = next_v * alpha + w * vb
+        tl.store(state_v + m * V + e, new_v, mask=(m < M) & (e < V))
+        next_v = load_slice(state_v, after, e, V, M)
+        s = tl.sum(tl.sum(tl.sum(new_k * qb, 5), 4), 0) * scale_log2
         s = tl.where((first + own < limit)[:, :, None], s, float("-inf"))
         higher = tl.maximum(highest, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None, :])
         fade = tl.exp2(highest - higher)
         total = total * fade + tl.sum(p, 1)
         highest = higher
-        new_v = old_v * alpha + w * vb
-        tl.store(state_v + m * V + e, new_v, mask=(m < M) & (e < V))
         acc = acc * fade[None, :, :, None, None] + tl.sum(p[None, :, :, :, None, None] * new_v, 2)
     share = tl.exp2(highest - tl.max(highest, 0)[None, :])
     share = share / tl.sum(share * total, 0)[None, :]
@@ -106,14 +104,14 @@ def step_kernel(
 
 
 @functools.cache
-def layout(heads: int, D: int, V: int, M: int, warps: int) -> tuple[int, int, int, int, int]:
-    """Blocks of K and of V, lanes of a team, teams, and slots of a team in one slice: as many as registers allow.
+def layout(heads: int, D: int, V: int, M: int) -> tuple[int, int, int, int, int]:
+    """Blocks of K and of V, lanes and teams, and the slots of a team in one slice: as many as registers allow.
 
     With 16 lanes instead of 32 a score takes fewer exchanges between lanes, and queries and output more registers.
     """
     lanes = 16 if max(D, V) <= 128 and heads <= 4 else 32
     blocks_k, blocks_v = (power_of_two(ceil_div(width, lanes * VECTOR.value)) for width in (D, V))
-    blocks, teams = blocks_k + blocks_v, warps * WARP // lanes
+    blocks, teams = blocks_k + blocks_v, WARP // lanes
     slots = min(8, power_of_two(ceil_div(M, teams)))
     # Two slices of the states, queries and output, scores: 255 registers of a thread, less what addresses take.
     while slots > 1 and 8 * slots * blocks + 4 * heads * blocks + slots * heads > 208:
@@ -143,11 +141,10 @@ def gsa_step_triton(
     H, V, M = k.shape[1], v.shape[-1], log_alpha.shape[-1]
     o = torch.empty(B, HQ, V, dtype=q.dtype, device=q.device)
     heads = power_of_two(HQ // H)
-    few = 2 * processors(q.device) >= B * H
-    warps = 2 if few else 1
+    blocks_k, blocks_v, *teams = layout(heads, D, V, M)
     launch(
         step_kernel, (B * H, 1, 1),
-        q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, HQ // H, scale * LOG2E, visible is not None,
-        D, V, M, heads, *layout(heads, D, V, M, warps), num_warps=warps,
+        q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, HQ // H, scale * LOG2E, D, V, M, heads, blocks_k,
+        blocks_v, visible is not None, *teams, num_warps=1,
     )  # fmt: skip
     return o
