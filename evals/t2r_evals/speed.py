@@ -33,8 +33,8 @@ def measure_speed(
 
     Args:
         contexts: prompt lengths in tokens.
-        decode_tokens: tokens that the decoding rate is measured over; by default 128 on a GPU, where a student spends the
-            first two on recording its step, and 32 elsewhere.
+        decode_tokens: tokens that the decoding rate is measured over; by default 128 on a GPU, where a student spends
+            the first two on recording its step, and 32 elsewhere.
         largest_batch: on a GPU, batches are doubled up to this as long as they fit; 1 measures batch 1 alone.
         repeats: at most; no further one is started after three seconds.
         options: further settings of `generate`.
