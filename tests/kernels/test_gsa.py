@@ -11,7 +11,8 @@ from t2r_kernels.gsa import chunk
 
 from .cases import DOCUMENTS, GATES, LENGTHS, LONG, bounds, compare, gsa_call, gsa_inputs, reference, run, some_visible
 
-FLOAT32 = 2e-5
+# The worst row over many random draws errs by half of this: of dq, whose terms cancel where slots are nearly equal.
+FLOAT32 = 4e-5
 
 
 def check(inputs, seed, documents=None, tolerance=FLOAT32, **options):
