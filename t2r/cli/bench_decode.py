@@ -34,7 +34,7 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
 
     import torch
 
-    from t2r.model import StudentCache, load
+    from t2r.model import StudentCache, load, pick_device
     from t2r.model.decoding import can_record
     from t2r.publish import write_whole
     from t2r.train.speed import random_model
@@ -42,7 +42,7 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
     from t2r_evals.speed import measure_speed
     from t2r_evals.speed_step import empty, measure_largest_step, measure_step
 
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = torch.device(pick_device(device))
     dtype = getattr(torch, options["dtype"])
     configs = {} if models else _configs(options)
     contexts = [int(length) for length in options["contexts"].split(",")]

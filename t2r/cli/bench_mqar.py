@@ -68,10 +68,10 @@ def command(
     """
     import functools
 
-    import torch
     from pydantic import ValidationError
 
     from t2r.errors import InputError
+    from t2r.model import pick_device
     from t2r_evals.mqar import PAPER_LEARNING_RATES, MqarOptions, sweep
 
     try:
@@ -86,7 +86,6 @@ def command(
     for spec in specs:
         for width in sizes:
             build(spec, width, options.vocabulary, options.length, heads=heads, check_only=True)
-    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model: dict[str, Any] = {
         "vocabulary": options.vocabulary,
         "length": options.length,
@@ -96,7 +95,13 @@ def command(
     output.mkdir(parents=True, exist_ok=True)
     results: list[MqarResult] = []
     for result in sweep(
-        functools.partial(build, **model), specs, sizes, options, learning_rates=rates, device=target, jobs=jobs
+        functools.partial(build, **model),
+        specs,
+        sizes,
+        options,
+        learning_rates=rates,
+        device=pick_device(device),
+        jobs=jobs,
     ):
         results.append(result)
         results.sort(key=lambda r: (specs.index(r.mixer), r.width, r.lr))

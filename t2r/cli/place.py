@@ -43,7 +43,7 @@ def _measure(recipe: "Recipe") -> list[dict[str, Any]]:
     """The mixers, each with the layers that it is for."""
     from t2r.convert.calibrate import Probe, calibration_windows
     from t2r.convert.select import grouped
-    from t2r.convert.select_slots import check_slots, place_slots
+    from t2r.convert.select_slots import check_slots, in_words, place_slots
     from t2r.errors import InputError
     from t2r.model import load
     from t2r.resources import resolve
@@ -58,8 +58,7 @@ def _measure(recipe: "Recipe") -> list[dict[str, Any]]:
     teacher, tokenizer = load(resolve(recipe.model.source), dtype=recipe.model.dtype)
     ids = calibration_windows(documents, tokenizer, windows=recipe.place.windows, window=recipe.place.window)
     entries = place_slots(Probe(teacher, ids), options, slots=slots, tell=_say)
-    numbers = ("softmax" if entry is None else str(entry["slots"]) for entry in entries)
-    _say(f"slots by layer: {'  '.join(numbers)}")
+    _say(in_words(entries))
     return grouped(entries)
 
 

@@ -56,7 +56,7 @@ def command(
     """
     from t2r.convert.calibrate import Probe, calibration_windows
     from t2r.convert.select import check_keep, grouped, keep_layers, rank, without
-    from t2r.convert.select_slots import check_slots, place_slots
+    from t2r.convert.select_slots import check_slots, in_words, place_slots
     from t2r.errors import InputError
     from t2r.model import assign_mixers, load
     from t2r.recipe import load_recipe
@@ -89,8 +89,7 @@ def command(
         rest = [layer for layer, entry in enumerate(entries) if entry is not None and layer not in kept]
         options = options.model_copy(update={"layers": ",".join(map(str, rest))})
         entries = place_slots(probe, options, slots=slots, by_head=each == "head", tell=_say)
-        numbers = ("softmax" if entry is None else str(entry["slots"]) for entry in entries)
-        click.echo(f"slots by layer: {'  '.join(numbers)}")
+        click.echo(in_words(entries))
     entries = without(entries, kept)
     chosen = probe.score(entries)
     click.echo(f"chosen: KL {chosen.kl:.4f}, loss {chosen.loss:.4f} ({probe.measured} students measured)")

@@ -61,6 +61,12 @@ def place_slots(
     ]
 
 
+def in_words(entries: Sequence[Entry]) -> str:
+    """One line: the slots of every layer, or softmax."""
+    numbers = ("softmax" if entry is None else str(entry["slots"]) for entry in entries)
+    return f"slots by layer: {'  '.join(numbers)}"
+
+
 def check_slots(options: MixerOptions, slots: int, *, by_head: bool) -> None:
     """
     Raises:

@@ -17,7 +17,7 @@ from transformers import (
 from t2r.model.cache import RecurrentLayer, StudentCache
 from t2r.model.configuration import STUDENT_CONFIGS, host_config, student_config
 from t2r.model.describe import describe
-from t2r.model.loading import load, load_tokenizer, locate
+from t2r.model.loading import load, load_tokenizer, locate, pick_device
 from t2r.model.mixers import MIXERS, Mixer, MixerOptions, assign_mixers, layer_generator, parse_layers, parse_options
 from t2r.model.modeling import (
     T2RLlamaForCausalLM,
@@ -70,5 +70,6 @@ __all__ = [
     "locate",
     "parse_layers",
     "parse_options",
+    "pick_device",
     "student_config",
 ]

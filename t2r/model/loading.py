@@ -48,11 +48,15 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
     if missing := sorted(told["missing_keys"]):
         # transformers would go on with random numbers in their place
         raise InputError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        return model.to(target).eval(), tokenizer
+        return model.to(pick_device(device)).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def pick_device(name: str) -> str:
+    """The device of that name; for "auto" a GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def load_tokenizer(path: str | Path) -> Any:
