@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from t2r.model.mixers.base import Mixer, MixerOptions, Rotary, States, head_shape, model_dtype, rotate
@@ -41,6 +41,12 @@ class SoftmaxMixer(Mixer):
 
     options_class: ClassVar[type[MixerOptions]] = SoftmaxOptions
 
+    def __init__(self, attention: nn.Module, config: PreTrainedConfig, options: SoftmaxOptions, layer_idx: int) -> None:
+        super().__init__(attention, config, options, layer_idx)
+        assert options.window is not None, "without a window the layer keeps the host's attention"
+        self.groups = head_groups(options.window, self.heads, "softmax: window")
+        self.windows = [Window(options.sinks, group.size) for group in self.groups]
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -52,19 +58,18 @@ class SoftmaxMixer(Mixer):
         """As `Mixer.forward`."""
         layer = self.cache_layer(past_key_values)
         q, k, v = self.project(hidden_states)
-        groups = head_groups(self.options.window, self.heads, "softmax: window")
-        heads = [split_heads(x, groups) for x in (*rotate(q, k, position_embeddings), v)]
+        heads = [split_heads(x, self.groups) for x in (*rotate(q, k, position_embeddings), v)]
         before = layer and layer.states
         outputs: list[Tensor] = []
         after: States = ()
-        for index, (group, q, k, v) in enumerate(zip(groups, *heads, strict=True)):
-            window, states = Window(self.options.sinks, group.size), before and before[2 * index : 2 * index + 2]
+        for index, (window, q, k, v) in enumerate(zip(self.windows, *heads, strict=True)):
+            states = before and before[2 * index : 2 * index + 2]
             o, states = window.attend(q, k, v, attention_mask, states, layer is not None, self.scaling)
             outputs.append(o)
             after += states or ()
         if layer is not None:
             layer.store(after)
-        return self.o_proj(join_heads(outputs, groups).flatten(2)), None
+        return self.o_proj(join_heads(outputs, self.groups).flatten(2)), None
 
     @classmethod
     def state_shapes(cls, config: PreTrainedConfig, options: SoftmaxOptions) -> list[tuple[int, ...]]:
