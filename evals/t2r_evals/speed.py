@@ -52,7 +52,7 @@ def measure_speed(
                 logger.warning("context %d, batch %d does not fit into the device's memory", context, batch)
                 break
             finally:
-                _empty(model)
+                empty(model.device)
             if batch == 1:
                 yield point
             best = point
@@ -90,7 +90,7 @@ def _measure(
     prompt = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(model.device)
     on_gpu = model.device.type == "cuda"
     _generate(model, prompt, 3, options)
-    _empty(model)
+    empty(model.device)
     resting = torch.cuda.memory_allocated(model.device) if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -171,7 +171,8 @@ def _wait(model: Any) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def _empty(model: Any) -> None:
+def empty(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
     gc.collect()
-    if model.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -5,7 +5,6 @@ and again on a cache that stands: a student's states, or random keys and values 
 writes the last. So long contexts and large batches need no prefill, and neither model pays for its loop.
 """
 
-import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from t2r_evals.schema import Record
-from t2r_evals.speed import cache_bytes
+from t2r_evals.speed import cache_bytes, empty
 
 _START = 64  # tokens that bring a cache into being
 _MARGIN = 0.95  # of the free memory that a cache may take; a step needs a little beside it
@@ -77,13 +76,6 @@ def measure_largest_step(model: Any, context: int, limit: int, **options: Any) -
                 raise
         empty(model.device)
         batch //= 2
-
-
-def empty(device: torch.device) -> None:
-    """Give back what nothing holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 class _StandingLayer(DynamicLayer):

@@ -39,8 +39,8 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
     from t2r.publish import write_whole
     from t2r.train.speed import random_model
     from t2r_evals.provenance import machine, versions
-    from t2r_evals.speed import measure_speed
-    from t2r_evals.speed_step import empty, measure_largest_step, measure_step
+    from t2r_evals.speed import empty, measure_speed
+    from t2r_evals.speed_step import measure_largest_step, measure_step
 
     target = torch.device(pick_device(device))
     dtype = getattr(torch, options["dtype"])

@@ -1,6 +1,5 @@
 """t2r bench train: tokens/s, MFU and memory of the training stages, from a configuration alone."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +91,7 @@ def _measure(
     import torch
 
     from t2r.train.speed import measure_stage
+    from t2r_evals.speed import empty
 
     micro = max(1, options["micro_tokens"] // row["length"])
     while micro:
@@ -105,9 +105,8 @@ def _measure(
             result = measure_stage(host, recipe, warmup=options["warmup"], document=options["document"], profile=file)
         except torch.OutOfMemoryError as error:
             result = {"out_of_memory": str(error).split(". ")[0]}
-        gc.collect()
+        empty(state.device)
         if state.device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(state.device)
         yield {**tried, **result}
         micro = micro // 2 if "out_of_memory" in result else 0
