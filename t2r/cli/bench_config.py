@@ -51,15 +51,17 @@ def host(name: str, layers: int | None) -> Any:
 
 
 def mixer(text: str) -> dict[str, Any]:
-    """A recipe's mixer from "gsa" or "gsa:slots=128,style=paper".
+    """A recipe's mixer from "gsa", "gsa:slots=128,style=paper" or "gsa:slots=[32,96]".
 
     Raises:
         InputError: a part that is no key=value.
     """
+    import re
+
     import yaml
 
     name, _, options = text.partition(":")
-    parts = [part.partition("=") for part in options.split(",") if part]
+    parts = [part.partition("=") for part in re.split(r",(?![^\[]*\])", options) if part]
     if wrong := [key for key, equals, _ in parts if not equals]:
         raise InputError(f"--mixer {text}: {wrong[0]!r} is no key=value")
     return {"name": name, **{key: yaml.safe_load(value) for key, _, value in parts}}
