@@ -54,7 +54,7 @@ def test_sizes_that_are_no_powers_of_two(dim_k, dim_v, slots, seed):
 
 @pytest.mark.parametrize("documents", [None, (0, 1, 20, 0)], ids=["visible", "packed"])
 def test_more_slots_than_a_tile_holds(documents, monkeypatch, seed):
-    monkeypatch.setattr(import_module("t2r_kernels.gsa.triton.ops"), "MOST_SLOTS", 16)
+    monkeypatch.setattr(import_module("t2r_kernels.gsa.triton.wide"), "MOST_SLOTS", 16)
     inputs = gsa_inputs("zero every third", seed, tokens=19, documents=documents, heads=1, slots=21)
     visible = None if documents else some_visible("random", seed, 19, None, slots=21)
     want = run(gsa_call(gsa, documents, backend="naive", visible=visible), reference(inputs), seed)

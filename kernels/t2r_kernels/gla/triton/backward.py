@@ -18,27 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...gsa.triton.common import (
-    Chunks,
-    chunk_range,
-    dot,
-    load_rows,
-    row_offsets,
-)
+from ...triton_chunks import Chunks, chunk_range, dot, load_rows, pad, row_offsets
 from . import launch
-from .common import (
-    NONE,
-    ROWS,
-    SCALAR,
-    Plan,
-    add_dot,
-    advance,
-    load_decay,
-    load_state,
-    load_total,
-    load_weight,
-    pad,
-)
+from .common import NONE, ROWS, SCALAR, Plan, add_dot, advance, load_decay, load_state, load_total, load_weight
 from .decays import Decays, pair_decay
 from .pairs import load_pairs
 from .tiles import alike_gradient, tile_gradients, tile_slices

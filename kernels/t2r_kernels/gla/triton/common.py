@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...gsa.triton.common import FLOOR, Chunks, Numerics, choose_numerics, load_rows
+from ...triton_chunks import FLOOR, Chunks, Numerics, choose_numerics, load_rows, pad
 
 NONE, SCALAR, ROWS = (tl.constexpr(kind) for kind in range(3))
 
@@ -59,11 +59,6 @@ class Plan:
             "CT": self.numerics.operand, "SPLIT": self.numerics.split, "PREC": self.numerics.precision,
             "EXACT": self.numerics.exact, "FACTORED": self.factored,
         }  # fmt: skip
-
-
-def pad(size: int) -> int:
-    """Block width for `size` columns: a power of two, at least the 16 of a matrix instruction."""
-    return max(16, triton.next_power_of_2(size))
 
 
 def plan_for(gate: str | None, HQ: int, H: int, D: int, V: int, dtype: torch.dtype) -> Plan:

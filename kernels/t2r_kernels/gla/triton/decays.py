@@ -5,12 +5,12 @@ exp2 of a sum of non-positive numbers, so that nothing overflows or cancels and 
 
 For pairs of tokens (i, t), where every row of the state has a decay of its own, there are two ways:
 
-- **tree**: a pair is split by a binary tree over the tile (see `gsa/triton/common.py`) and D(i, t) is a decay to the
-  end of i's block times one from the start of t's. Exact for every gate; one product for each level of the tree.
-- **factored** (bf16): D(i, t) = 2^(SHIFT + L[t]) 2^(-SHIFT - L[i]) with L the sum of log2 alpha from the tile's start,
-  one product for all pairs. Each step is floored at -13, so that in 16 tokens both factors stay within 2^+-104, inside
-  bf16's range: what a stronger gate forgets is kept at 2^-13 of its weight for pairs within a tile (as in
-  `gsa/triton/walk.py`); the states forget it exactly.
+- **tree**: D(i, t) is a decay to the end of i's block times one from the start of t's. Exact for every gate; one
+  product for each level of the tree.
+- **factored** (bf16): one product for all pairs; what a gate stronger than 2^-13 forgets is kept at 2^-13 of its weight
+  for pairs within a tile, and the states forget it exactly.
+
+Both are explained in `t2r_kernels/triton_chunks.py`.
 """
 
 from typing import NamedTuple
@@ -20,9 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...gsa.triton.common import FLOOR, chunk_range, find_chunks, masked_sum, prefix_decay, split, suffix_decay
-from ...gsa.triton.walk import SHIFT, STEP
-from .common import NONE, ROWS, SCALAR, Plan, load_decay, load_gate, pad
+from ...triton_chunks import (
+    FLOOR,
+    SHIFT,
+    STEP,
+    chunk_range,
+    find_chunks,
+    masked_sum,
+    pad,
+    prefix_decay,
+    split,
+    suffix_decay,
+)
+from .common import NONE, ROWS, SCALAR, Plan, load_decay, load_gate
 
 COLUMNS = 128
 SCALAR_STEP = -64.0  # a gate per head needs no factors; 2^-64 of anything is nothing beside bf16

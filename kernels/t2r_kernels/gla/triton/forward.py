@@ -8,11 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ...gsa.triton.common import (
+from ...triton_chunks import (
     Chunks,
     chunk_range,
     dot,
     load_rows,
+    pad,
     pairs_at,
     prefix_decay,
     row_offsets,
@@ -20,7 +21,7 @@ from ...gsa.triton.common import (
     suffix_decay,
 )
 from . import launch
-from .common import Plan, add_dot, load_decay, load_gate, load_state, load_total, load_written, pad
+from .common import Plan, add_dot, load_decay, load_gate, load_state, load_total, load_written
 from .decays import Decays, pair_factors
 from .pairs import load_pairs
 

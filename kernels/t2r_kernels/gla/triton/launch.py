@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .common import Plan, pad
+from ...triton_chunks import pad
+from .common import Plan
 
 
 @dataclass(frozen=True)

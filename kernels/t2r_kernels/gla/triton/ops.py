@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...gsa.triton.common import Chunks, find_chunks
+from ...triton_chunks import Chunks, find_chunks
 from . import launch
 from .backward import gated_gradients, plain_gradient
 from .common import Plan, plan_for

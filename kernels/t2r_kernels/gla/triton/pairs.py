@@ -4,12 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ...gsa.triton.common import (
+from ...triton_chunks import (
     Chunks,
     chunk_range,
     dot,
     find_chunks,
     load_rows,
+    pad,
     pairs_at,
     prefix_decay,
     row_offsets,
@@ -17,7 +18,7 @@ from ...gsa.triton.common import (
     suffix_decay,
 )
 from . import launch
-from .common import ROWS, Plan, add_dot, load_gate, load_written, pad
+from .common import ROWS, Plan, add_dot, load_gate, load_written
 from .decays import Decays, pair_decay, pair_factors
 
 

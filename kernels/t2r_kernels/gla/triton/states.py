@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...gsa.triton.common import Chunks, chunk_range, load_rows, row_offsets
+from ...triton_chunks import Chunks, chunk_range, load_rows, pad, row_offsets
 from . import launch
-from .common import Plan, add_dot, advance, load_decay, load_gate, load_total, pad
+from .common import Plan, add_dot, advance, load_decay, load_gate, load_total
 from .decays import Decays
 
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...triton_chunks import pad
 from .common import NONE, SCALAR
-from .common import pad as padded
 
 KEY, VALUE = tl.constexpr(2), tl.constexpr(3)
 
@@ -67,7 +67,7 @@ def gla_step_triton(
     B, HQ, D = q.shape
     H, V = k.shape[1], v.shape[-1]
     o = torch.empty(B, HQ, V, dtype=q.dtype, device=q.device)
-    columns = min(32, padded(V))  # whole sectors of memory, and enough programs for small batches
+    columns = min(32, pad(V))  # whole sectors of memory, and enough programs for small batches
     kind = {None: NONE, "scalar": SCALAR, "key": KEY, "value": VALUE}[gate].value
     step_kernel[(B * H, triton.cdiv(V, columns))](
         q, k, v, log_decay, write, state, o, H, HQ, float(scale), D, V, HQ // H, triton.next_power_of_2(D), columns,

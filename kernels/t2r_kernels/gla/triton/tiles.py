@@ -7,13 +7,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ...gsa.triton.common import (
+from ...triton_chunks import (
+    STEP,
     Chunks,
     chunk_range,
     dot,
     find_chunks,
     load_rows,
     masked_sum,
+    pad,
     pairs_at,
     prefix_decay,
     row_offsets,
@@ -21,8 +23,8 @@ from ...gsa.triton.common import (
     suffix_decay,
 )
 from . import launch
-from .common import ROWS, SCALAR, Plan, add_dot, load_gate, load_written, pad
-from .decays import STEP, Decays, pair_decay, pair_factors
+from .common import ROWS, SCALAR, Plan, add_dot, load_gate, load_written
+from .decays import Decays, pair_decay, pair_factors
 
 
 @triton.jit

@@ -16,22 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
+from ...triton_chunks import (
     LOG2E,
-    Blocks,
     Chunks,
     Numerics,
     chunk_range,
     dot,
-    load_log2_alpha,
     load_rows,
     prefix_decay,
-    readable,
     row_offsets,
     split,
     suffix_decay,
-    write_weight,
 )
+from .common import Blocks, load_log2_alpha, readable, write_weight
 from .forward import products, read_slots, softmax2, write_slots
 from .gate import gate_kernel
 from .states import chunk_states, scan

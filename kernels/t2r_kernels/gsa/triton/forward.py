@@ -4,23 +4,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
+from ...triton_chunks import (
     LOG2E,
-    Blocks,
     Chunks,
     Numerics,
     chunk_range,
     dot,
-    load_log2_alpha,
     load_rows,
     pairs_at,
     prefix_decay,
-    readable,
     row_offsets,
     split,
     suffix_decay,
-    write_weight,
 )
+from .common import Blocks, load_log2_alpha, readable, write_weight
 from .states import chunk_states
 
 

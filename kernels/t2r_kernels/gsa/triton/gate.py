@@ -3,18 +3,8 @@
 import triton
 import triton.language as tl
 
-from .common import (
-    chunk_range,
-    dot,
-    load_log2_alpha,
-    load_rows,
-    masked_sum,
-    pairs_at,
-    row_offsets,
-    split,
-    suffix_decay,
-    write_weight,
-)
+from ...triton_chunks import chunk_range, dot, load_rows, masked_sum, pairs_at, row_offsets, split, suffix_decay
+from .common import load_log2_alpha, write_weight
 from .forward import products
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
-from .common import ceil_div, power_of_two
+from ...triton_chunks import ceil_div, power_of_two
 from .launch import launch
 
 TOKENS = tl.constexpr(16)

@@ -1,14 +1,14 @@
 """Forward and backward pass: on the fast path where the sizes fit it, in pieces where a tile cannot hold all slots, and
 on the general path elsewhere."""
 
+from ...triton_chunks import choose_numerics, find_chunks
+from . import wide
 from .backward import backward
-from .common import choose_blocks, choose_numerics, find_chunks
+from .common import choose_blocks
 from .forward import forward
 from .walk import fits
 from .walk_backward import walk_backward
 from .walk_forward import walk_forward
-
-MOST_SLOTS = 256  # that a tile holds; more go in pieces (`wide`, imported late: gla imports this folder)
 
 
 def run_forward(q, k, v, log_alpha, visible, scale, initial, final, cu_seqlens):
@@ -16,10 +16,8 @@ def run_forward(q, k, v, log_alpha, visible, scale, initial, final, cu_seqlens):
     sizes = (q.shape[2], k.shape[2], q.shape[3], v.shape[3], log_alpha.shape[3])
     if fits(*sizes, q.dtype):
         return walk_forward(q, k, v, log_alpha, visible, scale, initial, final, cu_seqlens)
-    if log_alpha.shape[3] > MOST_SLOTS:
-        from .wide import wide_forward
-
-        return wide_forward(q, k, v, log_alpha, visible, scale, initial, final, cu_seqlens)
+    if log_alpha.shape[3] > wide.MOST_SLOTS:
+        return wide.forward(q, k, v, log_alpha, visible, scale, initial, final, cu_seqlens)
     numerics = choose_numerics(q.dtype)
     blocks = choose_blocks(*sizes, numerics.store.itemsize)
     chunks = find_chunks(q.shape[0], q.shape[1], blocks.chunk, cu_seqlens)
@@ -31,10 +29,8 @@ def run_backward(q, k, v, log_alpha, visible, do, dfinal, scale, initial, cu_seq
     sizes = (q.shape[2], k.shape[2], q.shape[3], v.shape[3], log_alpha.shape[3])
     if fits(*sizes, q.dtype):
         return walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale, initial, cu_seqlens)
-    if log_alpha.shape[3] > MOST_SLOTS:
-        from .wide import wide_backward
-
-        return wide_backward(q, k, v, log_alpha, visible, do, dfinal, scale, initial, cu_seqlens)
+    if log_alpha.shape[3] > wide.MOST_SLOTS:
+        return wide.backward(q, k, v, log_alpha, visible, do, dfinal, scale, initial, cu_seqlens)
     numerics = choose_numerics(q.dtype)
     blocks = choose_blocks(*sizes, numerics.store.itemsize)
     chunks = find_chunks(q.shape[0], q.shape[1], blocks.chunk, cu_seqlens)

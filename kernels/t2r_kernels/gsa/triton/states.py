@@ -7,19 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    Blocks,
-    Chunks,
-    Numerics,
-    ceil_div,
-    chunk_range,
-    dot,
-    load_log2_alpha,
-    load_rows,
-    split,
-    suffix_decay,
-    write_weight,
-)
+from ...triton_chunks import Chunks, Numerics, ceil_div, chunk_range, dot, load_rows, split, suffix_decay
+from .common import Blocks, load_log2_alpha, write_weight
 from .launch import launch
 
 

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, ceil_div, power_of_two, write_weight
+from ...triton_chunks import LOG2E, ceil_div, power_of_two
+from .common import write_weight
 from .launch import launch
 
 WARP = 32

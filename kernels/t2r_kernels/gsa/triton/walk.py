@@ -1,11 +1,8 @@
 """The fast path in bf16, in tiles of 16 tokens: how decays are factored, and the states at tile and segment boundaries.
 
-Inside a tile one factor per (row, slot) serves the state and all earlier tokens at once. With L[t] the sum of log2
-alpha from the tile's start through t, the decay from i to t is 2^(SHIFT + L[t]) * 2^(-SHIFT - L[i]), and the decay of
-the state is 2^(SHIFT + L[t]) * 2^-SHIFT. Each step of log2 alpha is floored at -13 for this, so that L >= -208 and both
-factors stay within 2^+-104, inside the range of bf16: an old entry that a stronger gate forgets is kept at 2^-13 of its
-weight until the tile ends, below the 2^-9 to which bf16 rounds the entry itself. The state carried to the next tile is
-decayed by the gate as it is.
+Inside a tile one factor per (row, slot) serves the state and all earlier tokens at once: the decay of the state is
+2^(SHIFT + L[t]) * 2^-SHIFT, beside the factored decay of pairs (`t2r_kernels/triton_chunks.py`, which says what that
+keeps of a gate that forgets). The state carried to the next tile is decayed by the gate as it is.
 
 A tile is known by the number (first token) // 16 + (its sequence), which is unique whatever the documents' lengths.
 """
@@ -16,31 +13,25 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
-from .common import (
+from ...triton_chunks import (
+    SHIFT,
+    STEP,
     Chunks,
     ceil_div,
     chunk_range,
     find_chunks,
-    load_log2_alpha,
     masked_sum,
+    pad,
     power_of_two,
     row_offsets,
     split,
-    write_weight,
 )
+from . import launch
+from .common import load_log2_alpha, write_weight
 from .states import scan
 
 TILE = tl.constexpr(16)
-SHIFT = tl.constexpr(104.0)
-STEP = tl.constexpr(-13.0)  # -2 SHIFT / TILE
 TINY = tl.constexpr(2.0**-104)
-
-
-@functools.cache
-def pad(size: int) -> int:
-    """Block width for `size` columns: a power of two, at least the 16 of a matrix instruction."""
-    return max(16, power_of_two(size))
 
 
 @functools.cache

@@ -7,20 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ...triton_chunks import LOG2E, STEP, chunk_range, load_rows, pad, pairs_at, power_of_two, row_offsets
 from . import launch
-from .common import (
-    LOG2E,
-    chunk_range,
-    load_log2_alpha,
-    load_rows,
-    pairs_at,
-    power_of_two,
-    readable,
-    row_offsets,
-    write_weight,
-)
+from .common import load_log2_alpha, readable, write_weight
 from .forward import softmax2
-from .walk import STEP, TILE, TINY, Walk, pad, read_factors, rest_of_tile
+from .walk import TILE, TINY, Walk, read_factors, rest_of_tile
 
 
 @triton.jit

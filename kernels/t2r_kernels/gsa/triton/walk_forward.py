@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ...triton_chunks import LOG2E, chunk_range, load_rows, pad, power_of_two, row_offsets
 from . import launch
-from .common import LOG2E, chunk_range, load_rows, power_of_two, readable, row_offsets
-from .walk import TILE, TINY, Walk, pad, segment_length
+from .common import readable
+from .walk import TILE, TINY, Walk, segment_length
 
 
 @triton.jit

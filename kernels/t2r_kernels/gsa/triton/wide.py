@@ -17,12 +17,13 @@ from torch import Tensor
 from ...gla.triton.ops import run_backward as gla_backward
 from ...gla.triton.ops import run_forward as gla_forward
 from ..naive import State
-from . import ops
+
+MOST_SLOTS = 256  # that a tile holds
 
 
 def _pieces(slots: int) -> list[slice]:
     """Equal pieces, as few as possible."""
-    count = -(-slots // ops.MOST_SLOTS)
+    count = -(-slots // MOST_SLOTS)
     edges = [slots * index // count for index in range(count + 1)]
     return [slice(first, last) for first, last in pairwise(edges)]
 
@@ -76,7 +77,7 @@ def _probabilities(q, k, pieces: list[_Piece], visible, scale, final: Tensor | N
     return s.softmax(-1)
 
 
-def wide_forward(q, k, v, log_alpha, visible, scale, initial, final, cu_seqlens):
+def forward(q, k, v, log_alpha, visible, scale, initial, final, cu_seqlens):
     """As `ops.run_forward`."""
     pieces = [_Piece(at, k, log_alpha, initial) for at in _pieces(log_alpha.shape[-1])]
     final_k, final_v = final or (None, None)
@@ -93,7 +94,7 @@ def wide_forward(q, k, v, log_alpha, visible, scale, initial, final, cu_seqlens)
     return o.to(q.dtype)
 
 
-def wide_backward(q, k, v, log_alpha, visible, do, dfinal, scale, initial, cu_seqlens):
+def backward(q, k, v, log_alpha, visible, do, dfinal, scale, initial, cu_seqlens):
     """As `ops.run_backward`."""
     pieces = [_Piece(at, k, log_alpha, initial) for at in _pieces(log_alpha.shape[-1])]
     dfinal_k, dfinal_v = dfinal or (None, None)
