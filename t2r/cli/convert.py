@@ -12,7 +12,13 @@ from t2r.cli import command_line
 @click.argument("destination", metavar="DST", required=False)
 @click.option("--mixer", help="What replaces attention.  [default: gsa]")
 @click.option("--style", help="Style of the mixer, where it has styles (gsa: transfer or paper).")
-@click.option("--slots", type=int, help="Memory slots per key/value head, where the mixer has slots.")
+@click.option("--slots", type=int, help="Memory slots per key/value head, where the mixer has slots; see --place.")
+@click.option(
+    "--place",
+    metavar="TEXT|none",
+    help="Share the slots out among the heads by what each needs on this text (gsa, style transfer): --slots is then "
+    "their mean. Loads the teacher.  [default: text that ships with t2r, on a GPU or for a small teacher]",
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other option of the mixer; repeatable."
 )
@@ -41,6 +47,7 @@ def command(
     mixer: str | None,
     style: str | None,
     slots: int | None,
+    place: str | None,
     settings: tuple[str, ...],
     layers: str | None,
     dtype: str,
@@ -55,14 +62,15 @@ def command(
     """Convert SRC, a folder or Hub id of a Mistral, Llama, Qwen2 or Qwen3 checkpoint, and publish it as folder DST.
     A GSA, GLA or ABC checkpoint of flash-linear-attention is read as the mixer it holds.
 
-    The plan is made from config.json, the index and the file headers alone; then tensors are streamed, verified and
-    published all at once. DST may be left out with --dry-run.
+    The plan is made from config.json, the index and the file headers, and from a measurement where slots are placed
+    (--place); then tensors are streamed, verified and published all at once. DST may be left out with --dry-run.
     """
     if destination is None and not dry_run:
         raise click.UsageError("DST is missing (only --dry-run does without)")
     import json
     from pathlib import Path
 
+    from t2r.cli.place import placed_mixers
     from t2r.convert.plan import make_plan
     from t2r.convert.run import check_destination, check_space, execute
     from t2r.convert.show import make_console, print_init_report, print_plan
@@ -79,6 +87,8 @@ def command(
     plan = make_plan(source, mixers, dtype=written, max_shard_size=max_shard_size, seed=seed, dry_run=dry_run)
     if destination is not None:
         check_space(Path(destination), plan.nbytes, plan.checkpoint.copied_files())
+    if (found := placed_mixers(plan, place, dry_run=dry_run)) is not None:
+        plan = make_plan(source, found, dtype=written, max_shard_size=max_shard_size, seed=seed)
     report = None if calibrate is None else _init_report(source, list(plan.config.mixers), calibrate, written, seed)
     if as_json:
         click.echo(json.dumps(plan.to_json() | ({} if report is None else {"calibration": report}), indent=1))

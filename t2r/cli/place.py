@@ -1,4 +1,5 @@
-"""Slots shared out among the key/value heads, as the section `place` of a recipe asks, before anything is converted."""
+"""Slots shared out among the key/value heads before anything is converted: as the section `place` of a recipe asks, and
+by default in `t2r convert`."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -6,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from t2r.convert.plan import Plan
+    from t2r.model import MixerOptions
     from t2r.recipe import Recipe
+    from t2r.recipe.schema import DataSource
+
+TEXT = "shipped:demo/data/train.parquet"
+WINDOWS, WINDOW = 4, 2048
+CPU_PARAMETERS = 50_000_000  # a minute or two of measurement
+GPU_BYTES = 4 << 30  # beside the weights: inputs of all layers, one layer's activations, logits of some tokens
 
 
 def placed(recipe: "Recipe") -> "Recipe":
@@ -18,11 +27,13 @@ def placed(recipe: "Recipe") -> "Recipe":
     """
     if not recipe.place.windows:
         return recipe
+    from t2r.convert.select import grouped
     from t2r.errors import InputError
     from t2r.model import parse_options
     from t2r.publish import write_whole
     from t2r.recipe import RunFolder
     from t2r.recipe.schema import Place
+    from t2r.resources import resolve
 
     folder, settings = RunFolder(recipe), recipe.model_dump(mode="json")
     asked = {key: settings[key] for key in ("model", "mixer", "place")} | {"text": settings["data"]["source"]}
@@ -32,34 +43,115 @@ def placed(recipe: "Recipe") -> "Recipe":
             raise InputError(f"{folder.placement}: of another recipe; name another output, or remove the folder")
     else:
         folder.check()
-        kept = {"asked": asked, "mixer": _measure(recipe)}
+        (options,) = recipe.mixer
+        entries = _measure(
+            resolve(recipe.model.source),
+            options,
+            recipe.data,
+            windows=recipe.place.windows,
+            window=recipe.place.window,
+            dtype=recipe.model.dtype,
+            seed=recipe.seed,
+        )
+        kept = {"asked": asked, "mixer": grouped(entries)}
         folder.path.mkdir(parents=True, exist_ok=True)
         write_whole(folder.placement, json.dumps(kept, indent=1) + "\n")
     mixers = [parse_options(mixer) for mixer in kept["mixer"]]
     return recipe.model_copy(update={"mixer": mixers, "place": Place()})
 
 
-def _measure(recipe: "Recipe") -> list[dict[str, Any]]:
-    """The mixers, each with the layers that it is for."""
-    from t2r.convert.calibrate import Probe, calibration_windows
+def placed_mixers(plan: "Plan", text: str | None, *, dry_run: bool = False) -> "list[MixerOptions] | None":
+    """The mixers of a conversion with their slots shared out by head; None where they stay as they are planned.
+
+    Args:
+        plan: with the same mixer wherever the attention is replaced.
+        text: what to measure on; "none": nothing is placed. None: on the text that ships with t2r where the mixer's
+            heads can differ and a GPU, or a teacher small enough for a CPU, makes it a matter of seconds; one line
+            tells where that is not so.
+        dry_run: run no model, tell what would be done.
+
+    Raises:
+        InputError: where `text` is given: as `check_slots`, no tokenizer, or too little text.
+    """
     from t2r.convert.select import grouped
+    from t2r.convert.select_slots import can_place
+    from t2r.errors import InputError
+    from t2r.model import parse_options
+    from t2r.recipe.schema import DataSource
+
+    entries = plan.config.mixers
+    layers = [layer for layer, entry in enumerate(entries) if entry is not None]
+    if text == "none" or not layers:
+        return None
+    options: Any = parse_options({**entries[layers[0]], "layers": ",".join(map(str, layers))})
+    if text is None:
+        if not (can_place(options) and isinstance(options.slots, int)):
+            return None
+        if reason := _too_dear(plan, options):
+            _tell_unplaced(reason)
+            return None
+    if dry_run:
+        _say(f"slots: the conversion itself places them by head, measured on {text or TEXT} (--place)")
+        return None
+    data, window = DataSource(source=[text or TEXT]), min(WINDOW, plan.config.max_position_embeddings)
+    source = str(plan.checkpoint.folder)
+    try:
+        found = _measure(source, options, data, windows=WINDOWS, window=window, dtype="bfloat16", seed=plan.seed)
+    except InputError as error:
+        if text is not None:
+            raise
+        _tell_unplaced(str(error))
+        return None
+    return [parse_options(mixer) for mixer in grouped(found)]
+
+
+def _too_dear(plan: "Plan", options: Any) -> str | None:
+    """Why slots are not placed unasked, if they are not."""
+    import torch
+
+    from t2r.convert.select_slots import SMALLEST
+
+    if options.slots < SMALLEST:
+        return f"fewer than {SMALLEST} on average"
+    parameters = sum(tensor.elements for tensor in plan.tensors if tensor.source is not None)
+    if not torch.cuda.is_available():
+        return f"no GPU, for {parameters:,} parameters" if parameters > CPU_PARAMETERS else None
+    free, needed = torch.cuda.mem_get_info()[0], 2 * parameters + GPU_BYTES
+    return f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on the GPU" if needed > free else None
+
+
+def _measure(
+    source: str, options: Any, data: "DataSource", *, windows: int, window: int, dtype: str, seed: int
+) -> list[dict[str, Any] | None]:
+    """The mixer of each layer of the teacher in folder or Hub id `source`."""
+    import torch
+    from tqdm import tqdm
+
+    from t2r.convert.calibrate import calibration_windows
     from t2r.convert.select_slots import check_slots, in_words, place_slots
     from t2r.errors import InputError
-    from t2r.model import load
-    from t2r.resources import resolve
+    from t2r.model import load, load_tokenizer, pick_device
     from t2r.train.documents import open_source, stream_documents
+    from t2r_evals.speed import empty
 
-    (options,) = recipe.mixer
-    slots: Any = getattr(options, "slots", 0)
+    slots = getattr(options, "slots", 0)
     if isinstance(slots, tuple):
-        raise InputError(f"place.windows: the slots {list(slots)} are one for each head already; set it to 0")
-    check_slots(options, slots, by_head=True)
-    documents = stream_documents(open_source(recipe.data))
-    teacher, tokenizer = load(resolve(recipe.model.source), dtype=recipe.model.dtype)
-    ids = calibration_windows(documents, tokenizer, windows=recipe.place.windows, window=recipe.place.window)
-    entries = place_slots(Probe(teacher, ids), options, slots=slots, tell=_say)
+        raise InputError(f"place: the slots {list(slots)} are one for each head already")
+    check_slots(options, slots)
+    documents = stream_documents(open_source(data))
+    ids = calibration_windows(documents, load_tokenizer(source), windows=windows, window=window)
+    device = torch.device(pick_device("auto"))
+    teacher, _ = load(source, dtype=dtype if device.type == "cuda" else "float32", device=str(device))
+    with tqdm(total=windows, desc="slots by head", unit="window", disable=None) as bar:
+        entries = place_slots(teacher, ids, options, slots=slots, seed=seed, advance=bar.update)
+    del teacher
+    empty(device)
     _say(in_words(entries))
-    return grouped(entries)
+    return entries
+
+
+def _tell_unplaced(reason: str) -> None:
+    _say(f"slots: the same in every head, not placed ({reason}); --place TEXT measures where they belong")
 
 
 def _say(text: str) -> None:

@@ -23,14 +23,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="greedy: one after the other, each beside those before; kl: each judged on its own.",
 )
-@click.option("--slots", type=click.IntRange(min=1), help="Place this many slots per layer, on average.")
-@click.option(
-    "--each",
-    type=click.Choice(["head", "layer"]),
-    default="head",
-    show_default=True,
-    help="What gets slots of its own: every key/value head (gsa, style transfer), or every layer.",
-)
+@click.option("--slots", type=click.IntRange(min=1), help="Place this many slots per key/value head, on average.")
 @click.option("--windows", type=click.IntRange(min=1), default=8, show_default=True, help="Windows of text.")
 @click.option("--window", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per window.")
 @click.option("--dtype", type=click.Choice(["recipe", "float32", "bfloat16"]), default="recipe", show_default=True)
@@ -42,7 +35,6 @@ def command(
     keep: int,
     method: str,
     slots: int | None,
-    each: str,
     windows: int,
     window: int,
     dtype: str,
@@ -69,7 +61,7 @@ def command(
     if slots is not None and len(recipe.mixer) > 1:
         raise InputError(f"--slots: the recipe has {len(recipe.mixer)} mixers; slots are placed for one")
     if slots is not None:
-        check_slots(recipe.mixer[0], slots, by_head=each == "head")
+        check_slots(recipe.mixer[0], slots)
     documents = stream_documents(open_source(recipe.data))
     teacher, tokenizer = load(
         resolve(recipe.model.source), dtype=recipe.model.dtype if dtype == "recipe" else dtype, device=device
@@ -88,7 +80,7 @@ def command(
         (options,) = recipe.mixer
         rest = [layer for layer, entry in enumerate(entries) if entry is not None and layer not in kept]
         options = options.model_copy(update={"layers": ",".join(map(str, rest))})
-        entries = place_slots(probe, options, slots=slots, by_head=each == "head", tell=_say)
+        entries = place_slots(teacher, ids, options, slots=slots, seed=recipe.seed)
         click.echo(in_words(entries))
     entries = without(entries, kept)
     chosen = probe.score(entries)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from t2r.convert.calibrate import Probe
 from t2r.convert.swap import Entry
 from t2r.errors import InputError
-from t2r.model.mixers import MixerOptions, parse_options
 
 Told = Callable[[str], None]
 
@@ -72,20 +71,6 @@ def check_keep(entries: Sequence[Entry], keep: int) -> list[int]:
 def without(entries: Sequence[Entry], layers: Sequence[int]) -> list[Entry]:
     """The same mixers, but softmax in these layers."""
     return [None if layer in layers else entry for layer, entry in enumerate(entries)]
-
-
-def with_slots(options: MixerOptions, slots: int | Sequence[int]) -> dict[str, Any]:
-    """One layer's entry of a mixer with another number of slots, or one for each key/value head; a ring keeps its share
-    of those beside the sinks."""
-    stored = options.stored()
-    if not isinstance(slots, int):
-        if len(set(slots)) > 1:
-            return parse_options(stored | {"slots": list(slots), "ring": None}).stored()
-        slots = slots[0]
-    if stored.get("ring"):
-        share = stored["ring"] / (stored["slots"] - stored["sinks"])
-        stored["ring"] = round(share * (slots - stored["sinks"]))
-    return parse_options(stored | {"slots": slots}).stored()
 
 
 def grouped(entries: Sequence[Entry]) -> list[dict[str, Any]]:

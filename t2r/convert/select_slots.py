@@ -1,17 +1,16 @@
-"""How many slots each layer or key/value head gets: decided by measuring every one alone, before any training."""
+"""How many slots each key/value head gets: decided by what every one loses alone with so many, before any training."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
-from t2r.convert.calibrate import Probe, Score
-from t2r.convert.select import Told, with_slots
+from t2r.convert.head_costs import head_costs
 from t2r.convert.swap import Entry
 from t2r.errors import InputError
 from t2r.model.mixers import MixerOptions, assign_mixers, parse_options
-from t2r.model.mixers.base import head_shape
 
 Key = TypeVar("Key", bound=Hashable)
 SMALLEST = 16  # slots
@@ -19,46 +18,49 @@ FAR_SHARE = 1 / 3  # of a cost is the KL on far repeats, which are some 7% of a 
 
 
 def place_slots(
-    probe: Probe, options: MixerOptions, *, slots: int, by_head: bool = True, tell: Told = print
+    teacher: Any,
+    windows: Tensor,
+    options: MixerOptions,
+    *,
+    slots: int,
+    seed: int = 0,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[Entry]:
-    """The mixer of each layer, None where `options` are not for it, with `slots` on average in a layer or, with
-    `by_head`, in a key/value head.
+    """The mixer of each layer, None where `options` are not for it, with `slots` on average in a key/value head.
 
-    What n slots cost is measured layer by layer or head by head, with everything else the teacher's, and slots are
-    shared out so that the costs sum to the least. Each alone, because heads that all see little lose much that training
-    brings back, and what a head can no longer reach it does not: judged together and untrained, the short heads would
-    be given the slots that the far one needs. For the same reason far repeats count for more than their share of the
-    text.
+    A head with n slots starts as attention over n tokens. What that costs is estimated head by head, with everything
+    else the teacher's, and slots are shared out so that these costs sum to the least. Each alone, because heads that
+    all see little lose much that training brings back, and what a head can no longer reach it does not: judged together
+    and untrained, the short heads would be given the slots that the far one needs. For the same reason far repeats
+    count for more than their share of the text.
+
+    Args:
+        teacher: a host's language model on its device.
+        windows: ids [N, T + 1]; no head gets T slots or more.
+        seed, advance: as in `head_costs`.
 
     Raises:
-        InputError: a mixer without slots or whose heads cannot differ, or too few slots.
+        InputError: a mixer whose heads cannot differ, or too few slots.
     """
-    check_slots(options, slots, by_head=by_head)
-    layers = [layer for layer, entry in enumerate(assign_mixers(options, probe.layers)) if entry is not None]
-    _, heads, _ = head_shape(probe.teacher.config)
-    parts: list[int | None] = [*range(heads)] if by_head else [None]
-    sizes = [size for size in ladder((16 if _starts_as_window(options) else 4) * slots) if size < probe.window]
-
-    def alone(layer: int, head: int | None, size: int) -> Score:
-        entries: list[Entry] = [None] * probe.layers
-        entries[layer] = _entry(
-            options, size, None if head is None else [i == head for i in range(heads)], probe.window
-        )
-        return probe.score(entries)
-
-    costs = {}
+    check_slots(options, slots)
+    entries = assign_mixers(options, len(teacher.model.layers))
+    layers = [layer for layer, entry in enumerate(entries) if entry is not None]
+    stored = options.stored()
+    sizes = [size for size in ladder(16 * slots) if stored["sinks"] < size < windows.shape[1] - 1]
+    costs = head_costs(
+        teacher, windows, layers, sinks=stored["sinks"], sizes=sizes, far_share=FAR_SHARE, seed=seed, advance=advance
+    )
+    heads = {
+        (layer, head): curve
+        for layer, curves in zip(layers, costs.tolist(), strict=True)
+        for head, curve in enumerate(curves)
+    }
+    placed = share_out(heads, sizes, slots * len(heads))
     for layer in layers:
-        for head in parts:
-            scores = [alone(layer, head, size) for size in sizes]
-            costs[layer, head] = [(1 - FAR_SHARE) * score.kl + FAR_SHARE * score.far_kl for score in scores]
-            each = (f"{size}: {score.kl:.4f}, {score.far_kl:.4f}" for size, score in zip(sizes, scores, strict=True))
-            name = f"layer {layer}" if head is None else f"layer {layer}, head {head}"
-            tell(f"{name} alone, slots: KL, on far repeats: {'; '.join(each)}")
-    placed = share_out(costs, sizes, slots * len(costs))
-    return [
-        with_slots(options, [placed[layer, head] for head in parts]) if layer in layers else None
-        for layer in range(probe.layers)
-    ]
+        each = [placed[layer, head] for head in range(costs.shape[1])]
+        same = len(set(each)) == 1
+        entries[layer] = parse_options(stored | {"slots": each[0] if same else each, "ring": None}).stored()
+    return entries
 
 
 def in_words(entries: Sequence[Entry]) -> str:
@@ -67,7 +69,7 @@ def in_words(entries: Sequence[Entry]) -> str:
     return f"slots by layer: {'  '.join(numbers)}"
 
 
-def check_slots(options: MixerOptions, slots: int, *, by_head: bool) -> None:
+def check_slots(options: MixerOptions, slots: int) -> None:
     """
     Raises:
         InputError: a mixer without slots or whose heads cannot differ, or too few slots.
@@ -76,24 +78,15 @@ def check_slots(options: MixerOptions, slots: int, *, by_head: bool) -> None:
         raise InputError(f"slots: mixer {options.name} has none to place")
     if slots < SMALLEST:
         raise InputError(f"slots: a mean of {slots}, must be at least {SMALLEST}")
-    if by_head and not _starts_as_window(options):
+    if not can_place(options):
         raise InputError("slots: only gsa of style transfer without long-lived slots can have them by head")
 
 
-def _starts_as_window(options: MixerOptions) -> bool:
-    """Whether n slots start as attention over n tokens, which is measured in their place: it is exact and fast."""
+def can_place(options: MixerOptions) -> bool:
+    """Whether heads can differ and n slots start as attention over n tokens, by which they are placed."""
     stored: dict[str, Any] = options.stored()
     ring = stored.get("ring")
     return stored.get("style") == "transfer" and (ring is None or stored["sinks"] + ring == stored["slots"])
-
-
-def _entry(options: MixerOptions, size: int, which: list[bool] | None, everything: int) -> Entry:
-    """A layer with `size` slots, or with so many in the heads `which` and the teacher's attention in the others."""
-    if not _starts_as_window(options):
-        return with_slots(options, size)
-    sinks = options.stored()["sinks"]
-    window = size - sinks if which is None else [size - sinks if one else everything for one in which]
-    return parse_options({"name": "softmax", "sinks": sinks, "window": window}).stored()
 
 
 def ladder(most: int) -> list[int]:

@@ -75,6 +75,8 @@ def _told_in_one_line(source: str) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except KeyError as error:  # a tokenizer's file without one of its parts
+        raise InputError(f"{source}: cannot be loaded: {error} is missing") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise InputError(f"{source}: cannot be loaded: {' '.join(str(error).split())}") from error
 

@@ -19,7 +19,7 @@ def recipe(tmp_path, *overrides):
 def test_the_run_is_the_placed_recipes_and_goes_on_with_what_was_measured(tmp_path, monkeypatch, capsys):
     asked = recipe(tmp_path)
     found = place.placed(asked)
-    assert "slots by layer: softmax  softmax  softmax  [" in capsys.readouterr().err
+    assert "slots by layer: softmax  softmax  softmax  " in capsys.readouterr().err
     slots = [mixer.slots if isinstance(mixer.slots, tuple) else (mixer.slots,) * 2 for mixer in found.mixer]
     assert {mixer.layers for mixer in found.mixer} <= {"3", "4", "5", "3,4", "4,5", "3,5"}
     assert sum(map(sum, slots)) <= 24 * 2 * 3

@@ -1,4 +1,4 @@
-"""Mixers tried in memory, layers chosen and slots placed, on the teacher that ships with t2r."""
+"""Mixers tried in memory, and layers chosen, on the teacher that ships with t2r."""
 
 import itertools
 import json
@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from t2r.convert import convert
 from t2r.convert.calibrate import Probe, calibration_windows, far_repeats, init_report
-from t2r.convert.select import grouped, keep_layers, rank, with_slots, without
-from t2r.convert.select_slots import ladder, place_slots, share_out
+from t2r.convert.select import grouped, keep_layers, rank, without
 from t2r.convert.swap import SwappedStudent
 from t2r.errors import InputError
 from t2r.model import assign_mixers, load, parse_options
@@ -134,37 +133,8 @@ def test_the_chosen_pair_beats_most_pairs_on_text_it_has_not_seen(probe, held_ou
     assert first.kept < probe.score(entries).kl
 
 
-@pytest.mark.parametrize("by_head", [True, False])
-def test_slots_go_where_they_are_needed(teacher, probe, by_head):
-    model, tokenizer = teacher
-    unseen = Probe(model, calibration_windows(texts("train")[20:], tokenizer, windows=3, window=384))
-    options = small("1,2,4", slots=32)
-    ours = place_slots(probe, options, slots=32, by_head=by_head, tell=silent)
-    assert [layer for layer, entry in enumerate(ours) if entry] == [1, 2, 4]
-    assert sum(np.mean(entry["slots"]) for entry in ours if entry) <= 32 * 3
-    for text in (probe, unseen):
-        assert text.score(ours).kl < 0.95 * text.score(assign_mixers(options, 6)).kl
-
-
-def test_slots_are_shared_out_by_what_they_save():
-    assert ladder(100) == [16, 24, 32, 48, 64, 96]
-    costs = {"near": [0.5, 0.1, 0.09, 0.09], "far": [0.9, 0.9, 0.8, 0.1], "none": [0.0, 0.0, 0.0, 0.0]}
-    sizes = [16, 32, 64, 128]
-    assert share_out(costs, sizes, 48) == {"near": 16, "far": 16, "none": 16}
-    assert share_out(costs, sizes, 160) == {"near": 16, "far": 128, "none": 16}
-    assert share_out(costs, sizes, 400) == {"near": 64, "far": 128, "none": 16}
-
-
-def test_a_ring_keeps_its_share():
-    assert with_slots(small(slots=64), 16)["ring"] == 12
-    assert with_slots(small(slots=64), [16, 24])["slots"] == [16, 24]
-    assert with_slots(small(slots=64), [24, 24]) == with_slots(small(slots=64), 24)
-    half = with_slots(small(slots=64, ring=30), 32)
-    assert (half["slots"], half["sinks"], half["ring"]) == (32, 4, 14)
-
-
 def test_grouped_is_a_recipes_mixer():
-    entries = [None, *(with_slots(small(), n) for n in (16, 32, 16))]
+    entries = [None, *(small(slots=n).stored() for n in (16, [16, 32], 16))]
     recipe = load_recipe("demo", [f"mixer={json.dumps(grouped(entries))}"])
     assert assign_mixers(recipe.mixer, 4) == entries
 
@@ -222,7 +192,17 @@ def test_what_cannot_be_chosen_is_told_in_one_line(t2r, options, told):
 def test_convert_reports_the_start_and_keeps_it(t2r, embedded_teacher, tmp_path):
     text = "shipped:demo/data/train.parquet"
     answer = t2r(
-        "convert", embedded_teacher, tmp_path / "student", "--layers", "5", "--slots", "16", "--calibrate", text
+        "convert",
+        embedded_teacher,
+        tmp_path / "student",
+        "--layers",
+        "5",
+        "--slots",
+        "16",
+        "--place",
+        "none",
+        "--calibrate",
+        text,
     )
     assert answer.code == 0, answer.err
     report = json.loads((tmp_path / "student" / "conversion.json").read_text())["calibration"]
