@@ -44,7 +44,8 @@ def command(
     """Rank the layers of RECIPE's teacher by what their conversion costs, choose, and write the choice into a recipe.
 
     Mixers take the attention's place in memory, untrained, on the first windows of the recipe's training text; the cost
-    is KL(teacher || student) in nats per token. Any teacher: model.source=MODEL data.source=TEXT.
+    is KL(teacher || student) in nats per token, of slots to second order. Any teacher: model.source=MODEL
+    data.source=TEXT.
     """
     from t2r.convert.calibrate import Probe, calibration_windows
     from t2r.convert.select import check_keep, grouped, keep_layers, rank, without
@@ -86,7 +87,8 @@ def command(
     chosen = probe.score(entries)
     click.echo(f"chosen: KL {chosen.kl:.4f}, loss {chosen.loss:.4f} ({probe.measured} students measured)")
     if write is not None:
-        _write(recipe, grouped(entries), write)
+        place = recipe.place.model_dump() if slots is None else {}
+        _write(recipe, {"mixer": grouped(entries), "place": place}, write)
         click.echo(f"{write}: written; next: t2r run {write}")
 
 
@@ -102,8 +104,8 @@ def _show_ranking(probe: "Probe", ranking: list[Any], entries: list[Any]) -> Non
     click.echo(f"teacher: loss {teacher.loss:.4f}; every layer converted: loss {whole.loss:.4f}, KL {whole.kl:.4f}")
 
 
-def _write(recipe: "Recipe", mixers: list[dict[str, Any]], path: Path) -> None:
-    """The recipe with these mixers, whole or not at all; it is read back as any recipe is."""
+def _write(recipe: "Recipe", chosen: dict[str, Any], path: Path) -> None:
+    """The recipe with the sections `chosen`, whole or not at all; it is read back as any recipe is."""
     import shlex
 
     import yaml
@@ -111,9 +113,8 @@ def _write(recipe: "Recipe", mixers: list[dict[str, Any]], path: Path) -> None:
     from t2r.publish import write_whole
     from t2r.recipe import parse_recipe
 
-    text = yaml.safe_dump(
-        {**recipe.model_dump(mode="json"), "mixer": mixers, "place": {}}, sort_keys=False, allow_unicode=True, width=110
-    )
+    content = {**recipe.model_dump(mode="json"), **chosen}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
     header = f"# t2r run {path}\n#\n# Layers chosen by: {shlex.join(command_line())}\n"
     parse_recipe(header + text, name=str(path))
     write_whole(path, header + text)

@@ -64,7 +64,7 @@ class Calibrate(Section):
 
 class Place(Section):
     """Whether `t2r run` and `t2r finetune` share the mixer's slots out among the key/value heads before the conversion:
-    the same number in all, where a measurement on the first windows of the training text wants them, as
+    the same number in all, where the first windows of the training text say that they are needed, as
     `t2r select-layers --slots` does. It loads the teacher; what was chosen is kept in the output folder."""
 
     windows: Annotated[int, Field(ge=0)] = Field(default=0, description="windows of text; 0: slots as the mixer says")

@@ -164,11 +164,22 @@ def test_the_command_writes_a_recipe_that_runs(t2r, tmp_path):
     assert sum(np.mean(entry["slots"]) for entry in entries if entry) <= 16 * 5
     expected = load_recipe("demo").model_dump(mode="json")
     assert recipe.model_dump(mode="json") | {"mixer": 0} == expected | {"mixer": 0}
+    assert recipe.place.windows == 0
     before = written.read_bytes()
     again = t2r(*line, "--write", written)
     assert (again.code, again.err.count("\n")) == (2, 1)
     assert "exists" in again.err
     assert written.read_bytes() == before
+
+
+def test_layers_alone_leave_the_placing_to_the_run(t2r, tmp_path):
+    written = tmp_path / "hybrid.yaml"
+    overrides = ["mixer={name: gsa, slots: 16, layers: 3-5}", "place={windows: 2, window: 64}"]
+    answer = t2r("select-layers", "demo", *overrides, "--keep", 1, "--windows", 1, "--window", 64, "--write", written)
+    assert answer.code == 0, answer.err
+    recipe = load_recipe(written)
+    assert recipe.place.windows == 2
+    assert len(recipe.mixer[0].layers.split(",")) == 2
 
 
 @pytest.mark.parametrize(
