@@ -5,9 +5,13 @@ anything else. A program is one warp, in teams of `lanes` threads. A team has so
 the states, which stream through registers, and a running softmax over them; the teams meet once, at the end, in
 registers (warps would meet in shared memory, where bank conflicts cost a seventh of the whole step).
 
-The shape of the tiles says which thread holds what, for Triton gives a thread the last dimension and deals out lanes
-from the first on. Here it is [lanes, teams, slots, heads, blocks, 4]: a team has whole rows of a state, a score is a
-sum over lanes, and what follows from the scores is where the rows of V are: nothing else moves between threads.
+Registers hold two slices, which is all that a program can have under way. Where programs are too few to keep memory
+busy so, slices further ahead are fetched into the L2 cache, which costs no register.
+
+The shape of the tiles says which thread holds what: a thread gets the last dimension, and lanes are dealt out from the
+first on (`places` sees to that). Here it is [lanes, teams, slots, heads, blocks, 4]: a team has whole rows of a state,
+a score is a sum over lanes, and what follows from the scores is where the rows of V are: nothing else moves between
+threads.
 """
 
 import functools
@@ -20,10 +24,14 @@ from torch import Tensor
 from ...triton_chunks import LOG2E, ceil_div, power_of_two
 from .common import write_weight
 from .launch import launch
+from .walk import processors
 
 WARP = 32
 VECTOR = tl.constexpr(4)  # neighbouring columns of one thread: 16 bytes
 LOWEST = tl.constexpr(-1e30)  # running maximum before the first score; not -inf, whose difference would be NaN
+LINE = tl.constexpr(32)  # numbers in a line of the cache
+AHEAD = tl.constexpr(2048)  # numbers of each state from the slice in work to the one that is prefetched: two slices
+FEW = 4  # programs for each multiprocessor, and fewer: with eight at a time prefetching costs a twentieth
 
 
 @triton.jit
@@ -35,8 +43,30 @@ def columns(LANES: tl.constexpr, TEAMS: tl.constexpr, SLOTS: tl.constexpr, HEADS
 
 
 @triton.jit
+def places(row, d, WIDTH: tl.constexpr):
+    """Offsets of columns d in rows of WIDTH, told to Triton in a way that makes it deal lanes out to the first two
+    dimensions: it ranks them by how contiguous offsets are, and breaks ties from the first on (3.6) or from the last on
+    (3.9). Vectors come from the last dimension alone, so calling neighbours in others contiguous does nothing else."""
+    return tl.max_contiguous(row * WIDTH + d, [2, 2, 1, 1, 1, VECTOR])
+
+
+@triton.jit
 def load_slice(state, slot, d, WIDTH: tl.constexpr, M: tl.constexpr):
-    return tl.load(state + slot * WIDTH + d, mask=(slot < M) & (d < WIDTH), other=0.0)
+    return tl.load(state + places(slot, d, WIDTH), mask=(slot < M) & (d < WIDTH), other=0.0)
+
+
+@triton.jit
+def prefetch(state, first, WIDTH: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
+    """Asks for `SLOTS` slots of a state, AHEAD of slot `first`, in the L2 cache."""
+    line = tl.arange(0, triton.next_power_of_2(triton.cdiv(SLOTS * WIDTH, LINE))) * LINE
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [state + tl.minimum(first * WIDTH + AHEAD + line, M * WIDTH - 1)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -44,6 +74,7 @@ def step_kernel(
     q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, G, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BLOCKS_K: tl.constexpr,
     BLOCKS_V: tl.constexpr, LIMITED: tl.constexpr, LANES: tl.constexpr, TEAMS: tl.constexpr, SLOTS: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One (sequence, key/value head)."""
     pid = tl.program_id(0).to(tl.int64)
@@ -61,12 +92,12 @@ def step_kernel(
     next_v = load_slice(state_v, slot, e, V, M)
     next_x = tl.load(log_alpha + slot, mask=slot < M, other=0.0)
     one = columns(LANES, TEAMS, 1, 1, BLOCKS_K)
-    kb = tl.load(k + pid * D + one, mask=one < D, other=0.0).to(tl.float32)
+    kb = tl.load(k + places(pid, one, D), mask=one < D, other=0.0).to(tl.float32)
     one = columns(LANES, TEAMS, 1, 1, BLOCKS_V)
-    vb = tl.load(v + pid * V + one, mask=one < V, other=0.0).to(tl.float32)
+    vb = tl.load(v + places(pid, one, V), mask=one < V, other=0.0).to(tl.float32)
     each = columns(LANES, TEAMS, 1, BG, BLOCKS_K)
     g = tl.arange(0, BG)[None, None, None, :, None, None]
-    qb = tl.load(q + (row + g) * D + each, mask=(g < G) & (each < D), other=0.0).to(tl.float32)
+    qb = tl.load(q + places(row + g, each, D), mask=(g < G) & (each < D), other=0.0).to(tl.float32)
     limit = M
     if LIMITED:
         limit = tl.load(visible + b).to(tl.int32)
@@ -77,15 +108,18 @@ def step_kernel(
         # Everything that memory must do for this slice and the next comes before what is computed from this one.
         m = first + slot
         after = m + TEAMS * SLOTS
+        if PREFETCH:
+            prefetch(state_k, first, D, M, TEAMS * SLOTS)
+            prefetch(state_v, first, V, M, TEAMS * SLOTS)
         x = next_x.to(tl.float32) * 1.4426950408889634
         alpha = tl.exp2(x)
         w = write_weight(tl.maximum(x, -512.0))
         new_k = next_k * alpha + w * kb
-        tl.store(state_k + m * D + d, new_k, mask=(m < M) & (d < D))
+        tl.store(state_k + places(m, d, D), new_k, mask=(m < M) & (d < D))
         next_k = load_slice(state_k, after, d, D, M)
         next_x = tl.load(log_alpha + after, mask=after < M, other=0.0)
         new_v = next_v * alpha + w * vb
-        tl.store(state_v + m * V + e, new_v, mask=(m < M) & (e < V))
+        tl.store(state_v + places(m, e, V), new_v, mask=(m < M) & (e < V))
         next_v = load_slice(state_v, after, e, V, M)
         s = tl.sum(tl.sum(tl.sum(new_k * qb, 5), 4), 0) * scale_log2
         s = tl.where((first + own < limit)[:, :, None], s, float("-inf"))
@@ -120,6 +154,12 @@ def layout(heads: int, D: int, V: int, M: int) -> tuple[int, int, int, int, int]
     return blocks_k, blocks_v, lanes, teams, slots
 
 
+@functools.cache
+def prefetches(programs: int, device: torch.device) -> bool:
+    """Whether a step of so many programs prefetches: on NVIDIA's GPUs, whose instruction it is."""
+    return device.type == "cuda" and torch.version.hip is None and programs <= FEW * processors(device)
+
+
 def gsa_step_triton(
     q: Tensor,
     k: Tensor,
@@ -146,6 +186,6 @@ def gsa_step_triton(
     launch(
         step_kernel, (B * H, 1, 1),
         q, k, v, log_alpha, visible, state_k, state_v, o, H, HQ, HQ // H, scale * LOG2E, D, V, M, heads, blocks_k,
-        blocks_v, visible is not None, *teams, num_warps=1,
+        blocks_v, visible is not None, *teams, prefetches(B * H, q.device), num_warps=1,
     )  # fmt: skip
     return o
