@@ -50,7 +50,6 @@ def placed(recipe: "Recipe") -> "Recipe":
             recipe.data,
             windows=recipe.place.windows,
             window=recipe.place.window,
-            dtype=recipe.model.dtype,
             seed=recipe.seed,
         )
         kept = {"asked": asked, "mixer": grouped(entries)}
@@ -96,7 +95,7 @@ def placed_mixers(plan: "Plan", text: str | None, *, dry_run: bool = False) -> "
     data, window = DataSource(source=[text or TEXT]), min(WINDOW, plan.config.max_position_embeddings)
     source = str(plan.checkpoint.folder)
     try:
-        found = _measure(source, options, data, windows=WINDOWS, window=window, dtype="bfloat16", seed=plan.seed)
+        found = _measure(source, options, data, windows=WINDOWS, window=window, seed=plan.seed)
     except InputError as error:
         if text is not None:
             raise
@@ -121,9 +120,10 @@ def _too_dear(plan: "Plan", options: Any) -> str | None:
 
 
 def _measure(
-    source: str, options: Any, data: "DataSource", *, windows: int, window: int, dtype: str, seed: int
+    source: str, options: Any, data: "DataSource", *, windows: int, window: int, seed: int
 ) -> list[dict[str, Any] | None]:
-    """The mixer of each layer of the teacher in folder or Hub id `source`."""
+    """The mixer of each layer of the teacher in folder or Hub id `source`, which runs in bfloat16 on a GPU and in
+    float32 on a CPU."""
     import torch
     from tqdm import tqdm
 
@@ -141,7 +141,7 @@ def _measure(
     documents = stream_documents(open_source(data))
     ids = calibration_windows(documents, load_tokenizer(source), windows=windows, window=window)
     device = torch.device(pick_device("auto"))
-    teacher, _ = load(source, dtype=dtype if device.type == "cuda" else "float32", device=str(device))
+    teacher, _ = load(source, dtype="bfloat16" if device.type == "cuda" else "float32", device=str(device))
     with tqdm(total=windows, desc="slots by head", unit="window", disable=None) as bar:
         entries = place_slots(teacher, ids, options, slots=slots, seed=seed, advance=bar.update)
     del teacher
