@@ -40,13 +40,18 @@ def place_slots(
         seed, advance: as in `head_costs`.
 
     Raises:
-        InputError: a mixer whose heads cannot differ, or too few slots.
+        InputError: a mixer whose heads cannot differ, or too few slots or tokens.
     """
     check_slots(options, slots)
     entries = assign_mixers(options, len(teacher.model.layers))
     layers = [layer for layer, entry in enumerate(entries) if entry is not None]
     stored = options.stored()
-    sizes = [size for size in ladder(16 * slots) if stored["sinks"] < size < windows.shape[1] - 1]
+    length = windows.shape[1] - 1
+    sizes = [size for size in ladder(16 * slots) if stored["sinks"] < size < length]
+    if not sizes or sizes[0] > slots:
+        raise InputError(
+            f"slots: a mean of {slots} with {stored['sinks']} sinks, {length} tokens: nothing to share out"
+        )
     costs = head_costs(
         teacher, windows, layers, sinks=stored["sinks"], sizes=sizes, far_share=FAR_SHARE, seed=seed, advance=advance
     )

@@ -148,6 +148,13 @@ def test_slots_go_where_they_are_needed(teacher):
         assert probe.score(ours).kl < 0.95 * probe.score(assign_mixers(options, 6)).kl
 
 
+@pytest.mark.parametrize(("sinks", "length"), [(4, 16), (30, 384)])
+def test_nothing_to_share_out_is_told(teacher, sinks, length):
+    options = parse_options({"name": "gsa", "slots": 31, "sinks": sinks})
+    with pytest.raises(InputError, match="nothing to share out"):
+        place_slots(teacher[0], torch.zeros(1, length + 1, dtype=torch.int64), options, slots=31)
+
+
 def test_slots_are_shared_out_by_what_they_save():
     assert ladder(100) == [16, 24, 32, 48, 64, 96]
     costs = {"near": [0.5, 0.1, 0.09, 0.09], "far": [0.9, 0.9, 0.8, 0.1], "none": [0.0, 0.0, 0.0, 0.0]}
