@@ -136,9 +136,20 @@ def product_rate() -> float:
     return 2 * 8192**3 / median_ms(lambda: x @ y) * 1e3
 
 
+def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """One replay among ten that follow each other, as the steps of decoding do."""
+
+    def ten() -> None:
+        for _ in range(10):
+            graph.replay()
+
+    return median_ms(ten) / 10
+
+
 def measure_step(batch: int, bandwidth: float) -> dict:
-    """One decode step of one layer, from a CUDA graph over a model's layers, whose states no cache holds together."""
-    states = [tuple(torch.randn(batch, H, M, D, device="cuda") for _ in range(2)) for _ in range(LAYERS)]
+    """One decode step of one layer, from a CUDA graph over so many layers that no cache holds their states."""
+    layers = max(LAYERS, 2**29 // (batch * 2 * 4 * H * M * D))
+    states = [tuple(torch.randn(batch, H, M, D, device="cuda") for _ in range(2)) for _ in range(layers)]
     q, k, v = (torch.randn(batch, heads, D, device="cuda", dtype=torch.bfloat16) for heads in (HQ, H, H))
     log_alpha = F.logsigmoid(torch.randn(batch, H, M, device="cuda"))
     want = gsa_step(q.double(), k.double(), v.double(), log_alpha.double(), tuple(s.double() for s in states[0]))
@@ -150,7 +161,7 @@ def measure_step(batch: int, bandwidth: float) -> dict:
     with torch.cuda.graph(graph):
         for state in states:
             gsa_step(q, k, v, log_alpha, state, backend="triton")
-    ms = median_ms(graph.replay) / LAYERS
+    ms = replay_ms(graph) / layers
     moved = batch * (2 * 4 * 2 * H * M * D + 4 * H * M + 2 * (2 * HQ * D + 2 * H * D))
     return {
         "batch": batch,
@@ -219,7 +230,7 @@ def run(output: Path, lengths: tuple[int, ...] = LENGTHS) -> dict:
         batch = max(1, 32768 // length)
         shape = {"batch": batch, "length": length}
         record["lengths"].append(shape | {name: measure(kernels[name][0], batch, length) for name in passed})
-    record["steps"] = [measure_step(batch, bandwidth) for batch in (1, 16, 64, 256)]
+    record["steps"] = [measure_step(batch, bandwidth) for batch in (1, 4, 16, 32, 64, 128, 256)]
     output.mkdir(parents=True, exist_ok=True)
     (output / "gsa.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(record, output / "gsa.svg")
