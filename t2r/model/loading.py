@@ -31,6 +31,7 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         InputError: as `locate`, a folder without a whole model, or a device that is not here.
     """
     source, folder = str(path), locate(path)
+    target = pick_device(device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # lines that overwrite each other are for terminals
     with _told_in_one_line(source):
@@ -42,6 +43,8 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            # straight to the GPU: on the way there the host's memory need not hold the model
+            device_map={"": target} if target.startswith("cuda") and torch.cuda.is_available() else None,
         )
         model, told = loaded
     tokenizer = load_tokenizer(folder)
@@ -49,7 +52,7 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         # transformers would go on with random numbers in their place
         raise InputError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
     try:
-        return model.to(pick_device(device)).eval(), tokenizer
+        return model.to(target).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from error
 
