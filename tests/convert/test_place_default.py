@@ -81,7 +81,7 @@ def test_one_line_tells_why_slots_are_the_same_everywhere(t2r, embedded_teacher,
     told("no GPU, for 4,394,240 parameters")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**11))
-    told("4.3 GB needed, 1.0 GB free on the GPU")
+    told("2.2 GB needed, 1.0 GB free on the GPU")
 
 
 @pytest.mark.parametrize(
