@@ -149,9 +149,11 @@ def compare(
 ) -> None:
     """Each tensor agrees with its float64 value, as a whole and in every row (a ratio of norms hides one wrong row).
 
-    A row may err by `tolerance` times the sum of its own norm, that of the average row, and 0.1: inputs are of size 1,
-    and a gradient that cancels to zero (of q, where all slots are equal) keeps the rounding of its terms. With a
-    `baseline` (plain torch in the dtype that is tested) a row may err by twice the baseline's error in it on top.
+    A row may err by `tolerance` times the sum of its own norm, that of the average row, and 0.5: inputs are of size 1,
+    and a gradient that cancels to zero keeps the rounding of its terms. Of q, where all slots are equal, these are
+    scale p (do . v) k for each slot, whose write weights bf16 rounds slot by slot: 5e-3 where do . v is 25, and among
+    30,000 rows of 20 draws up to 0.29 times `tolerance` was seen beyond the first two. With a `baseline` (plain torch in
+    the dtype that is tested) a row may err by twice the baseline's error in it on top.
     `sizes` are the norms that rows are measured by where they are not their own: of what is summed in them.
     """
     assert got.keys() == want.keys()
@@ -162,7 +164,7 @@ def compare(
         error = (x - expected).norm(dim=-1)
         size = (sizes or {}).get(name, expected.norm(dim=-1))
         typical = size.square().mean().sqrt()
-        allowed = tolerance * (size + typical + 0.1)
+        allowed = tolerance * (size + typical + 0.5)
         allowed_norm = tolerance * (size.norm() + 0.1 * size.numel() ** 0.5)
         if baseline is not None:
             base = baseline[name].detach().double().cpu() - expected
