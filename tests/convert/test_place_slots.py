@@ -137,6 +137,17 @@ def test_costs_are_near_what_measuring_finds(teacher):
     assert np.corrcoef(costs.flatten().log(), measured.flatten().log())[0, 1] > 0.9
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED FOR LACK OF A GPU: costs in bfloat16")
+def test_a_gpu_in_bfloat16_finds_the_same(embedded_teacher, teacher):
+    ids, sizes = windows(teacher, 4), [16, 32, 64, 128]
+    arguments = {"sinks": 4, "sizes": sizes, "far_share": 1 / 3}
+    model, _ = load(embedded_teacher, dtype=torch.bfloat16, device="cuda")
+    ours, theirs = head_costs(model, ids, range(6), **arguments), head_costs(teacher[0], ids, range(6), **arguments)
+    assert np.corrcoef(ours.flatten().log(), theirs.flatten().log())[0, 1] > 0.97
+    assert (ours / theirs).log2().abs().median() < 0.3
+
+
 def test_slots_go_where_they_are_needed(teacher):
     model, ids = teacher[0], windows(teacher, 2)
     options = parse_options({"name": "gsa", "slots": 32, "layers": "1,2,4"})
