@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from ...triton_chunks import Chunks, chunk_range, dot, load_rows, pad, row_offsets
-from . import launch
+from ...triton_launch import launch
+from . import configs
 from .common import NONE, ROWS, SCALAR, Plan, add_dot, advance, load_decay, load_state, load_total, load_weight
 from .decays import Decays, pair_decay
 from .pairs import load_pairs
@@ -162,7 +163,7 @@ def gated_gradients(
 ):  # fmt: skip
     """In `dtype` dr (or None) and dy, and the gradients of gate and write weights in fp32 (or None)."""
     B, T, H = y.shape[:3]
-    width, slices, options = launch.fit(launch.GATED_GRADIENT, plan, plan.R, plan.X)
+    width, slices, options = configs.fit(configs.GATED_GRADIENT, plan, plan.R, plan.X)
 
     def small(given, parts):
         width = plan.R if plan.kind == ROWS.value else parts
@@ -173,7 +174,8 @@ def gated_gradients(
     dgate, dwrite, dy_tiles = small(gate, gate_parts), small(write, slices), None
     if gate is not None:
         dy_tiles = tile_gradients(r, p, y, x, write, gate, decays, dr, dgate, scale, slices, cu_seqlens, plan, chunks)
-    gated_gradient_kernel[(chunks.count * H, slices)](
+    launch(
+        gated_gradient_kernel, (chunks.count * H, slices),
         r, p, y, x, write, decays.before, decays.after, states, dstates, dr, dy_tiles, dy, dgate, dwrite,
         chunks.bounds, T,
         chunks.per_sequence, H, H * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, width,
@@ -189,8 +191,9 @@ def plain_gradient(
 ):
     """dx in `dtype`."""
     dx = torch.empty_like(x, dtype=dtype)
-    width, slices, options = launch.fit(launch.PLAIN_GRADIENT, plan, plan.X, plan.R)
-    plain_gradient_kernel[(chunks.count * plan.heads, slices)](
+    width, slices, options = configs.fit(configs.PLAIN_GRADIENT, plan, plan.X, plan.R)
+    launch(
+        plain_gradient_kernel, (chunks.count * plan.heads, slices),
         r, p, y, write, decays.pairs, decays.before, decays.after, pairs, dstates, dx, chunks.bounds, y.shape[1],
         chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, pad(plan.R), width,

@@ -32,6 +32,7 @@ from ...triton_chunks import (
     split,
     suffix_decay,
 )
+from ...triton_launch import launch
 from .common import NONE, ROWS, SCALAR, Plan, load_decay, load_gate
 
 COLUMNS = 128
@@ -122,7 +123,8 @@ def decays_of(gate: Tensor | None, cu_seqlens: Tensor | None, plan: Plan) -> Dec
     # A gate per head is one of which every head is a column.
     heads, width = (H, plan.R) if plan.kind == ROWS.value else (1, H)
     columns = min(pad(width), COLUMNS)
-    decay_kernel[(tiles.count * heads, triton.cdiv(width, columns))](
+    launch(
+        decay_kernel, (tiles.count * heads, triton.cdiv(width, columns)),
         gate, before, after, sums, tiles.bounds, T, tiles.per_sequence, heads, width, plan.tile,
         plan.tile.bit_length() - 1, columns, STEP.value if plan.kind == ROWS.value else SCALAR_STEP,
         PACKED=tiles.bounds is not None, SPLIT=plan.numerics.split, EXACT=plan.numerics.exact,

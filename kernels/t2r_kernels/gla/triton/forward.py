@@ -20,7 +20,8 @@ from ...triton_chunks import (
     split,
     suffix_decay,
 )
-from . import launch
+from ...triton_launch import launch
+from . import configs
 from .common import Plan, add_dot, load_decay, load_gate, load_state, load_total, load_written
 from .decays import Decays, pair_factors
 from .pairs import load_pairs
@@ -111,7 +112,8 @@ def _launch(
     slices,
     options
 ):  # fmt: skip
-    kernel[(chunks.count * plan.heads, slices, plan.group_tiles)](
+    launch(
+        kernel, (chunks.count * plan.heads, slices, plan.group_tiles),
         a, y, x, write, decays.pairs, decays.before, decays.after, pairs, states, out, chunks.bounds, y.shape[1],
         chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, *widths, **plan.options(chunks, write),
@@ -124,7 +126,7 @@ def read_plain(
 ) -> torch.Tensor:
     """[B, T, HQ, X] in `dtype`: scale * sum over i <= t of (r_t . D(i, t) w_i y_i) x_i, from `states` on."""
     out = torch.empty(*r.shape[:3], plan.X, dtype=dtype, device=r.device)
-    width, slices, options = launch.fit(launch.PLAIN, plan, plan.X, plan.R)
+    width, slices, options = configs.fit(configs.PLAIN, plan, plan.X, plan.R)
     widths = (pad(plan.R), width)
     _launch(
         plain_kernel, r, y, x, write, decays, pairs, states, out, scale, plan, chunks, chunk, widths, slices, options
@@ -137,7 +139,7 @@ def read_gated(
 ) -> torch.Tensor:
     """[B, T, HQ, R] in `dtype`: scale * sum over i <= t of (p_t . x_i) D(i, t) w_i y_i, from `states` on."""
     out = torch.empty(*p.shape[:3], plan.R, dtype=dtype, device=p.device)
-    width, slices, options = launch.fit(launch.GATED, plan, plan.R, plan.X)
+    width, slices, options = configs.fit(configs.GATED, plan, plan.R, plan.X)
     widths = (width, pad(plan.X))
     _launch(
         gated_kernel, p, y, x, write, decays, None, states, out, scale, plan, chunks, chunk, widths, slices, options

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...triton_chunks import Chunks, find_chunks
-from . import launch
+from . import configs
 from .backward import gated_gradients, plain_gradient
 from .common import Plan, plan_for
 from .decays import decays_of
@@ -15,7 +15,7 @@ from .states import gradients_of, states_of
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, gate: str | None, cu_seqlens: Tensor | None) -> tuple[Plan, Chunks]:
     plan = plan_for(gate, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype)
-    return plan, find_chunks(q.shape[0], q.shape[1], launch.CHUNK, cu_seqlens)
+    return plan, find_chunks(q.shape[0], q.shape[1], configs.CHUNK, cu_seqlens)
 
 
 def run_forward(
@@ -37,11 +37,11 @@ def run_forward(
     decays = decays_of(log_decay, cu_seqlens, plan)
     swapped = gate == "value"
     y, x = (v, k) if swapped else (k, v)
-    states, _ = states_of(y, x, write, log_decay, decays, initial, final, plan, chunks, launch.CHUNK, swapped)
+    states, _ = states_of(y, x, write, log_decay, decays, initial, final, plan, chunks, configs.CHUNK, swapped)
     if swapped:
-        return read_gated(q, y, x, write, decays, states, scale, plan, chunks, launch.CHUNK, dtype)
+        return read_gated(q, y, x, write, decays, states, scale, plan, chunks, configs.CHUNK, dtype)
     pairs = pair_scores(q, y, write, decays, scale, cu_seqlens, plan, chunks)
-    return read_plain(q, y, x, write, decays, pairs, states, scale, plan, chunks, launch.CHUNK, dtype)
+    return read_plain(q, y, x, write, decays, pairs, states, scale, plan, chunks, configs.CHUNK, dtype)
 
 
 def run_backward(
@@ -66,7 +66,7 @@ def run_backward(
     swapped = gate == "value"
     r, p, y, x = (do, q, v, k) if swapped else (q, do, k, v)
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
-    place = (plan, chunks, launch.CHUNK)
+    place = (plan, chunks, configs.CHUNK)
     states, gamma = states_of(y, x, write, log_decay, decays, initial, None, *place, swapped)
     dstates = gradients_of(r, p, decays, gamma, scale, dfinal, dinitial, *place, swapped)
     dr, dy, dgate, dwrite = gated_gradients(

@@ -17,7 +17,8 @@ from ...triton_chunks import (
     split,
     suffix_decay,
 )
-from . import launch
+from ...triton_launch import launch
+from . import configs
 from .common import ROWS, Plan, add_dot, load_gate, load_written
 from .decays import Decays, pair_decay, pair_factors
 
@@ -79,10 +80,11 @@ def pair_scores(r, y, write, decays: Decays, scale, cu_seqlens, plan: Plan, chun
     B, T, HQ, _ = r.shape
     tiles = find_chunks(B, T, plan.tile, cu_seqlens)
     pairs = torch.empty(B, T, HQ, plan.tile, dtype=plan.numerics.store, device=r.device)
-    pair_kernel[(tiles.count * plan.heads, plan.group_tiles)](
+    launch(
+        pair_kernel, (tiles.count * plan.heads, plan.group_tiles),
         r, y, write, decays.pairs, pairs, tiles.bounds, T, tiles.per_sequence, plan.heads, HQ, plan.group, scale,
         *plan.sizes,
-        min(pad(plan.R), launch.PAIR_COLUMNS), **plan.options(chunks, write),
-        **launch.options(launch.PAIRS, plan, plan.rows),
+        min(pad(plan.R), configs.PAIR_COLUMNS), **plan.options(chunks, write),
+        **configs.options(configs.PAIRS, plan, plan.rows),
     )  # fmt: skip
     return pairs

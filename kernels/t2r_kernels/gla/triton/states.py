@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from ...triton_chunks import Chunks, chunk_range, load_rows, pad, row_offsets
-from . import launch
+from ...triton_launch import launch
+from . import configs
 from .common import Plan, add_dot, advance, load_decay, load_gate, load_total
 from .decays import Decays
 
@@ -131,7 +132,8 @@ def _scan(states, gamma, incoming, outgoing, plan: Plan, chunks: Chunks, swapped
     """`incoming` and `outgoing` are [N, H, D, V], whose rows are the state's columns where the gate is on V."""
     block = 256
     strides = (1, plan.R) if swapped else (plan.X, 1)
-    scan_kernel[(chunks.sequences * plan.heads, triton.cdiv(plan.R * plan.X, block))](
+    launch(
+        scan_kernel, (chunks.sequences * plan.heads, triton.cdiv(plan.R * plan.X, block)),
         states, gamma, incoming, outgoing, chunks.first, chunks.per_sequence, plan.heads, *strides, plan.R, plan.X,
         block, PACKED=chunks.first is not None, REVERSE=reverse, HAS_IN=incoming is not None,
         HAS_OUT=outgoing is not None, num_warps=4,
@@ -146,10 +148,11 @@ def _launch(
     left, right, write, gate, decays: Decays, states, gamma, scale, plan: Plan, chunks: Chunks, chunk: int, reads: bool
 ):
     rows = min(pad(plan.R), 64 if plan.numerics.store == torch.float32 else 128)
-    columns, slices, _ = launch.fit(launch.CHUNKS, plan, plan.X, rows)
-    options = launch.options(launch.CHUNKS, plan, rows)
+    columns, slices, _ = configs.fit(configs.CHUNKS, plan, plan.X, rows)
+    options = configs.options(configs.CHUNKS, plan, rows)
     grid = (chunks.count * plan.heads, triton.cdiv(plan.R, rows), slices)
-    chunk_kernel[grid](
+    launch(
+        chunk_kernel, grid,
         left, right, write, gate, decays.before, decays.after, states, gamma, chunks.bounds, left.shape[1],
         chunks.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, chunk, plan.group_tiles, rows, columns, READS=reads,

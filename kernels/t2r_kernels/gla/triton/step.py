@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_chunks import pad
+from ...triton_launch import launch
 from .common import NONE, SCALAR
 
 KEY, VALUE = tl.constexpr(2), tl.constexpr(3)
@@ -69,7 +70,8 @@ def gla_step_triton(
     o = torch.empty(B, HQ, V, dtype=q.dtype, device=q.device)
     columns = min(32, pad(V))  # whole sectors of memory, and enough programs for small batches
     kind = {None: NONE, "scalar": SCALAR, "key": KEY, "value": VALUE}[gate].value
-    step_kernel[(B * H, triton.cdiv(V, columns))](
+    launch(
+        step_kernel, (B * H, triton.cdiv(V, columns)),
         q, k, v, log_decay, write, state, o, H, HQ, float(scale), D, V, HQ // H, triton.next_power_of_2(D), columns,
         GATE=kind, WEIGHTED=write is not None, num_warps=2 if D <= 128 else 4,
     )  # fmt: skip

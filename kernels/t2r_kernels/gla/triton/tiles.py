@@ -22,7 +22,8 @@ from ...triton_chunks import (
     split,
     suffix_decay,
 )
-from . import launch
+from ...triton_launch import launch
+from . import configs
 from .common import ROWS, SCALAR, Plan, add_dot, load_gate, load_written
 from .decays import Decays, pair_decay, pair_factors
 
@@ -151,7 +152,7 @@ def tile_kernel(
 
 def tile_slices(plan: Plan) -> tuple[int, int]:
     """Width of a slice of the gated side and how many there are."""
-    width = min(pad(plan.R), launch.TILE_COLUMNS)
+    width = min(pad(plan.R), configs.TILE_COLUMNS)
     return width, triton.cdiv(plan.R, width)
 
 
@@ -163,10 +164,11 @@ def tile_gradients(
     tiles = find_chunks(B, T, plan.tile, cu_seqlens)
     dy = torch.empty(y.shape, dtype=torch.float32, device=y.device)
     width, slices = tile_slices(plan)
-    tile_kernel[(tiles.count * plan.heads, slices)](
+    launch(
+        tile_kernel, (tiles.count * plan.heads, slices),
         r, p, y, x, write, gate, decays.pairs, dr, dy, dgate, tiles.bounds, T, tiles.per_sequence, plan.heads,
         plan.heads * plan.group, plan.group, scale, *plan.sizes, plan.group_tiles, width,
-        min(pad(plan.X), launch.TILE_COLUMNS), dgate.shape[-1], first, STORE_DR=dr is not None,
-        **plan.options(chunks, write), **launch.options(launch.TILES, plan, plan.rows),
+        min(pad(plan.X), configs.TILE_COLUMNS), dgate.shape[-1], first, STORE_DR=dr is not None,
+        **plan.options(chunks, write), **configs.options(configs.TILES, plan, plan.rows),
     )  # fmt: skip
     return dy
