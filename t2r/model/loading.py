@@ -1,5 +1,6 @@
 """Load a teacher or a student and its tokenizer by path or Hub id."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,10 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         device: "auto" is the GPU when there is one.
 
     Raises:
-        InputError: as `locate`, a folder without a whole model, or a device that is not here.
+        InputError: as `locate`, a folder without a whole model, an index that leaves it, or a device that is not here.
     """
     source, folder = str(path), locate(path)
+    _check_index(folder)
     target = pick_device(device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # lines that overwrite each other are for terminals
@@ -70,6 +72,20 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     with _told_in_one_line(str(path)):
         return AutoTokenizer.from_pretrained(locate(path), trust_remote_code=False)
+
+
+def _check_index(folder: Path) -> None:
+    """transformers would follow an index out of the folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(f"{index}: no index of a checkpoint") from error
+    if outside:
+        raise InputError(f"{index}: {outside[0]!r} leaves the folder")
 
 
 @contextmanager

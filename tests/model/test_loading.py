@@ -120,6 +120,16 @@ def test_load_takes_students_and_refuses_what_is_none(students, tmp_path, embedd
         load(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("index", "says"), [({"weight_map": {"x": "../other/model.safetensors"}}, "leaves the folder"), ([], "no index")]
+)
+def test_load_follows_no_index_out_of_the_folder(students, tmp_path, index, says):
+    students().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=says):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("broken", ["truncated", "a tensor less", "another shape", "another type"])
 def test_load_tells_a_broken_checkpoint_in_one_line(students, tmp_path, broken):
     students().save_pretrained(tmp_path)
