@@ -59,7 +59,6 @@ class DocumentStream:
             if empty:
                 raise InputError("data.source: holds no document")
             epoch, number, cursor, index = epoch + 1, 0, None, 0
-            logger.warning("The training data was read to its end; epoch %d begins.", epoch + 1)
 
 
 def _take(reader: Reader, limit: int) -> list[str]:
@@ -126,11 +125,15 @@ class PackedRows:
         waiting: list[tuple[State, str]] = []
         characters = 0
         offset = self._offset
+        epoch: int | None = None
         for state, text in self._documents:
             waiting.append((state, text))
             characters += len(text)
             if characters >= _TOKENISE_CHARACTERS or len(waiting) >= 64:
                 for (at, _), ids in zip(waiting, encode(self._tokenizer, [t for _, t in waiting]), strict=True):
+                    if epoch is not None and at["epoch"] > epoch:  # here, as documents are read ahead of the rows
+                        logger.warning("The training data was read to its end; epoch %d begins.", at["epoch"] + 1)
+                    epoch = at["epoch"]
                     yield _Piece(at, ids, offset)
                     offset = 0
                 waiting, characters = [], 0

@@ -109,6 +109,17 @@ def test_epochs_are_permuted_differently_and_the_seed_decides(tokenizer: Any) ->
     assert first[:20] != first[20:]
 
 
+def test_the_end_of_the_data_is_told_when_the_rows_reach_it(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    texts = [chr(ord("A") + i) * 30 for i in range(20)]  # a row each, and far fewer characters than are read ahead
+    rows = iter(rows_of(texts, tokenizer, block=0))
+    for _ in range(19):
+        next(rows)
+    assert not caplog.messages
+    for _ in range(3):
+        next(rows)
+    assert caplog.messages == ["The training data was read to its end; epoch 2 begins."]
+
+
 def test_processes_share_the_rows_of_one(tokenizer: Any) -> None:
     texts = [f"{i} " * 20 for i in range(30)]
     one = list(islice(Batches(rows_of(texts, tokenizer), size=2, rank=0, world=1), 12))
