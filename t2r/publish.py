@@ -154,7 +154,8 @@ def verify_manifest(folder: Path, *, contents: bool = True) -> list[str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write one file that a reader sees whole or, after a kill, as it was."""
+    """Write one file that a reader sees whole or, after a kill, as it was. Its folder is made when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)

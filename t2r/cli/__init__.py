@@ -1,6 +1,7 @@
 """The command line. One file per verb, imported only when that verb runs, so that `--help` answers at once."""
 
 import difflib
+import errno
 import importlib
 import os
 import signal
@@ -25,6 +26,9 @@ VERBS = {
     "info": "Show a model's mixers, parameters and state size.",
     "export": "Write a student in another format.",
 }
+
+# What storage may answer at any time: told in one line, as nothing of ours is wrong.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class _Verbs(click.Group):
@@ -78,6 +82,11 @@ def main() -> NoReturn:
     except click.ClickException as error:
         _complain(error.format_message())
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        _complain(str(error))
+        sys.exit(1)
     except ValueError as error:
         # t2r.errors.InputError and its like in t2r_evals carry an exit code; any other ValueError is our defect.
         code = getattr(error, "exit_code", None)

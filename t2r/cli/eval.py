@@ -10,33 +10,6 @@ from t2r.cli import command_line, options
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-class _Names(click.ParamType):
-    """Names with commas between them."""
-
-    name = "a,b"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(part.strip() for part in parts if part.strip())
-
-
-class _Lengths(click.ParamType):
-    """Numbers of tokens with commas between them; K stands for 1024."""
-
-    name = "n,m"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if not isinstance(value, str):
-            return tuple(value)
-        lengths = []
-        for part in (part.strip() for part in value.split(",") if part.strip()):
-            number, factor = (part[:-1], 1024) if part[-1] in "kK" else (part, 1)
-            if not number.isdecimal() or int(number) == 0:
-                self.fail(f"{part!r} is no length; write numbers of tokens such as 512,2K,32K", param, ctx)
-            lengths.append(int(number) * factor)
-        return tuple(lengths)
-
-
 @click.command(
     short_help="Measure a model, beside its teacher.",
     epilog="Example: t2r eval runs/demo/model --baseline shipped:demo/teacher "
@@ -49,9 +22,9 @@ class _Lengths(click.ParamType):
     "--control", "controls", multiple=True, metavar="MODEL", help="Further model to compare; may be repeated."
 )
 @click.option(
-    "--suite", "suites", type=_Names(), default="", help="language, commonsense, knowledge, recall, synthetic."
+    "--suite", "suites", type=options.Names(), default="", help="language, commonsense, knowledge, recall, synthetic."
 )
-@click.option("--tasks", type=_Names(), default="", help="lm-eval tasks by name.")
+@click.option("--tasks", type=options.Names(), default="", help="lm-eval tasks by name.")
 @click.option("--text", metavar="TEXT", help="File or folder of text for --suite language; see above.")
 @click.option("--windows", type=click.IntRange(min=1), default=48, show_default=True, help="Windows of text to score.")
 @click.option("--window", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per window.")
@@ -61,9 +34,9 @@ class _Lengths(click.ParamType):
 @click.option("--offline-root", type=_FOLDER, help="Folder that stands in for the Hub's data sets.")
 @click.option("--make-offline-root", type=click.Path(path_type=Path), help="Fill such a folder, and measure nothing.")
 @click.option("--tasks-root", type=_FOLDER, help="Further task definitions. They may run code.")
-@click.option("--recall-lengths", type=_Lengths(), default="512,1K,2K", show_default=True, help="For synthetic.")
+@click.option("--recall-lengths", type=options.Lengths(), default="512,1K,2K", show_default=True, help="For synthetic.")
 @click.option("--recall-items", type=click.IntRange(min=1), default=10, show_default=True, help="Per length and depth.")
-@click.option("--speed", "contexts", type=_Lengths(), default="", help="Measure speed at these prompt lengths.")
+@click.option("--speed", "contexts", type=options.Lengths(), default="", help="Measure speed at these prompt lengths.")
 @click.option("--largest-batch", type=click.IntRange(min=1), default=1, show_default=True, help="For --speed on a GPU.")
 @click.option(
     "--kl/--no-kl", default=True, help="KL to the baseline; keeps it in memory beside each model. [default: kl]"
@@ -115,8 +88,6 @@ def command(
     if "language" in suites and text is None:
         raise InputError("--suite language: pass the text to read with --text FILE")
     documents = None if text is None else _documents(text)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: exists and is not a folder")
 
     import datetime
     import shlex
@@ -137,6 +108,7 @@ def command(
     # All of them before any is measured: a name may be mistyped.
     folders = [locate(resolve(source)) for source, _ in subjects]
     check_text(load_tokenizer(folders[0]), documents, asked)
+    options.make_folder(output)
     names = _labels([source for source, _ in subjects])
     teacher = folders[0] if baseline and kl else None
     measuring = Measuring(output / "evaluation", asked, documents, dtype, device, teacher)

@@ -60,7 +60,6 @@ class Measuring:
             folder=file.with_suffix(""),
             **_memory(loaded),
         )
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps({"key": key, "result": result.model_dump(mode="json")}))
         return result
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from t2r.cli import options
+
 
 @click.command(short_help="Render or compare stored results; runs no model.")
 @click.argument("results", nargs=-1, required=True, metavar="RESULT_DIR...", type=click.Path(path_type=Path))
@@ -24,6 +26,7 @@ def command(results: tuple[Path, ...], output: Path, title: str | None) -> None:
     )
     if title is not None:
         merged = merged.model_copy(update={"title": title})
+    options.make_folder(output)
     write_report(merged, output)
     click.echo(output / "report.html")
 

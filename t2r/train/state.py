@@ -13,13 +13,18 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 _FILE_BYTES = 4 << 30
 _STEP = "step"  # AdamW's count of updates, a number; the rest is shaped like its parameter
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: Any, *, sharded: bool) -> None:
-    """Write `folder`. With `sharded` (FSDP) all processes call it, otherwise one does."""
+    """Write `folder`. With `sharded` (FSDP) all processes call it, otherwise one does.
+
+    Raises:
+        OSError: it could not be written.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in _trained(model):
         tensors[name] = parameter.detach()
@@ -29,7 +34,10 @@ def save_state(folder: Path, model: nn.Module, optimizer: Any, *, sharded: bool)
         str(folder), fqn_to_index_mapping=_split(tensors), save_distributed=True, thread_count=1
     )
     with _quiet():
-        dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
+        try:
+            dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
+        except CheckpointException as error:  # a process's own failure, a full disk for example, is in it
+            raise next(iter(error.failures.values()))[0] from error
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Any, *, sharded: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -75,6 +76,25 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, says, tmp_path):
     (line,) = run.stderr.strip().splitlines()
     assert line.startswith("Error: ")
     assert says in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path):
+    """A limit on the size of files, which python reports as it does a full disk."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    run = subprocess.run(
+        [sys.executable, "-m", "t2r", "convert", "shipped:demo/teacher", "student", "--place", "none"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        preexec_fn=limit,
+    )
+    assert run.returncode == 1
+    assert run.stderr == "Error: [Errno 27] File too large\n"
     assert not list(tmp_path.iterdir())
 
 
