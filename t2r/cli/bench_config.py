@@ -29,13 +29,16 @@ def host(name: str, layers: int | None) -> Any:
         layers: keep only the first so many; None for all.
 
     Raises:
-        InputError: neither, or no architecture that has a student.
+        InputError: neither, no architecture that has a student, or all of mistral-7b without a GPU.
     """
+    import torch
     from transformers import AutoConfig
 
     from t2r.model.configuration import STUDENT_CONFIGS
 
     if name == "mistral-7b":
+        if layers is None and not torch.cuda.is_available():
+            raise InputError("--config mistral-7b needs a GPU, and torch sees none; pass --layers N for a part of it")
         config = AutoConfig.for_model(**MISTRAL_7B)
     elif (Path(name) / "config.json").is_file():
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)

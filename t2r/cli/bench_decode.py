@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from t2r.cli import bench_config
+from t2r.cli.options import Lengths
 
 
 @click.command("decode", short_help="Time decoding, student beside teacher.")
@@ -13,7 +14,7 @@ from t2r.cli import bench_config
 @click.option("--config", default="mistral-7b", show_default=True, help="Without MODELS: or a teacher's folder.")
 @click.option("--mixer", default="gsa", show_default=True, help="With options: gsa:slots=128.")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the configuration has.")
-@click.option("--contexts", default="1024,8192,32768,131072", show_default=True, help="Tokens of the prompt.")
+@click.option("--contexts", type=Lengths(), default="1K,8K,32K,128K", show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="New tokens.")
 @click.option("--largest-batch", type=click.IntRange(1), default=8192, show_default=True, help="To look for, on a GPU.")
 @click.option("--repeats", type=click.IntRange(1), default=2, show_default=True, help="The fastest counts.")
@@ -45,7 +46,7 @@ def command(models: tuple[str, ...], output: Path | None, device: str, **options
     target = torch.device(pick_device(device))
     dtype = getattr(torch, options["dtype"])
     configs = {} if models else _configs(options)
-    contexts = [int(length) for length in options["contexts"].split(",")]
+    contexts = options["contexts"]
     record: dict[str, Any] = {"options": options, "machine": machine(), "versions": versions(), "rows": []}
     click.echo(f"{machine().get('GPU', 'CPU')}, torch {torch.__version__}")
     click.echo(

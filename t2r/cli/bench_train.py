@@ -7,15 +7,20 @@ from typing import Any
 import click
 
 from t2r.cli import bench_config
+from t2r.cli.options import Lengths, Names
 
 
 @click.command("train", short_help="Time the training stages on random weights.")
 @click.option("--config", "config", default="mistral-7b", show_default=True, help="Or a teacher's folder.")
 @click.option("--mixer", default="gsa", show_default=True, help="With options: gsa:slots=128.")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the configuration has.")
-@click.option("--stages", default="finetune,distill,align", show_default=True)
-@click.option("--train", "trained", default="full,lora", show_default=True, help="align has no LoRA.")
-@click.option("--lengths", default="2048,8192", show_default=True, help="Tokens per row.")
+@click.option(
+    "--stages", type=Names("finetune", "distill", "align"), default="finetune,distill,align", show_default=True
+)
+@click.option(
+    "--train", "trained", type=Names("full", "lora"), default="full,lora", show_default=True, help="align has no LoRA."
+)
+@click.option("--lengths", type=Lengths(), default="2K,8K", show_default=True, help="Tokens per row.")
 @click.option("--micro-tokens", type=click.IntRange(1), default=16384, show_default=True, help="Halved until it fits.")
 @click.option("--accumulate", type=click.IntRange(1), default=2, show_default=True, help="Micro-batches per step.")
 @click.option("--checkpointing", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
@@ -75,9 +80,9 @@ def command(config: str, output: Path | None, profile: Path | None, **options: A
 
 
 def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for length in map(int, options["lengths"].split(",")):
-        for stage in options["stages"].split(","):
-            for trained in options["trained"].split(","):
+    for length in options["lengths"]:
+        for stage in options["stages"]:
+            for trained in options["trained"]:
                 if (stage, trained) != ("align", "lora"):
                     auto = trained == "full" and stage != "align"
                     checkpointing = auto if options["checkpointing"] == "auto" else options["checkpointing"] == "on"

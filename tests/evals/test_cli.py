@@ -40,6 +40,10 @@ def test_evaluate_beside_a_baseline_then_render_and_compare(
     assert t2r(monkeypatch, "report", tmp_path / "one", "--output", tmp_path / "again", "--title", "Again") == 0
     assert (tmp_path / "again" / "report.md").read_text().startswith("# Again\n")
     assert t2r(monkeypatch, "report", tmp_path / "one", tmp_path / "again", "--output", tmp_path / "both") == 0
+    capsys.readouterr()
+    for verb in (["report", tmp_path / "one"], ["eval", embedded_teacher, *common]):
+        assert t2r(monkeypatch, *verb, "--output", text) == 2
+        assert capsys.readouterr().err == f"Error: --output {text}: cannot be made: File exists\n"
     names = [r["name"] for r in json.loads((tmp_path / "both" / "report.json").read_text())["results"]]
     assert len(names) == len(set(names)) == 3
 
@@ -149,6 +153,7 @@ def test_a_mistyped_model_is_told_before_any_is_measured(
         (["eval", "x", "--output", "out", "--tasks", "piqa", "--dtype", "float"], "'float' is not one of"),
         (["eval", "--make-offline-root", "tree"], "name the tasks"),
         (["report", "nowhere", "--output", "out"], "no report there"),
+        (["bench", "decode", "--contexts", "1K,zero"], "'zero' is no length"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from click import UsageError
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig
@@ -148,3 +149,17 @@ def test_decoding_is_timed_for_student_and_teacher(tmp_path: Path) -> None:
 def test_wrong_options_are_one_line(options: list[str], told: str) -> None:
     with pytest.raises(InputError, match=told):
         CliRunner().invoke(command, ["decode", "--layers", "1", *options], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--stages", "algin"], "'algin' is none of finetune, distill, align"),
+        (["--lengths", "2K,x"], "'x' is no length"),
+        ([], "mistral-7b needs a GPU"),
+    ],
+)
+def test_what_cannot_be_timed_is_told_first(arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises((UsageError, InputError), match=says):
+        command.main(["train", *arguments], standalone_mode=False)
