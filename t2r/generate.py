@@ -60,12 +60,12 @@ def generate(
         statistics: filled as it goes.
 
     Raises:
-        InputError: an empty prompt for a tokenizer without a beginning-of-text token.
+        InputError: an empty prompt for a tokenizer that adds no beginning-of-text token.
     """
     told = statistics if statistics is not None else Statistics()
     ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
     if ids.shape[1] == 0:
-        raise InputError("prompt: empty, and the tokenizer has no beginning-of-text token to start from")
+        raise InputError("prompt: empty, and the tokenizer adds no beginning-of-text token to start from")
     pick = _sampler(temperature, top_p, top_k, torch.Generator(model.device).manual_seed(seed))
     ends = _end_tokens(model)
     spelling = Spelling(tokenizer, ids[0, -_CONTEXT:].tolist())
