@@ -29,7 +29,7 @@ def measure_speed(
     """Yield prefill and decoding at each context length, with batch 1 and the largest batch that fits.
 
     The prompt is random tokens: the arithmetic does not depend on what they say. Every figure is the fastest of
-    `repeats` after one warm-up, greedy decoding by `model.generate`, its overhead included.
+    `repeats` after one warm-up of the same lengths, greedy decoding by `model.generate`, its overhead included.
 
     Args:
         contexts: prompt lengths in tokens.
@@ -89,7 +89,8 @@ def _measure(
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(model.device)
     on_gpu = model.device.type == "cuda"
-    _generate(model, prompt, 3, options)
+    # As many tokens as are timed: cuDNN's attention plans every new length of a growing cache, 40 ms at each token.
+    _generate(model, prompt, 1 + decode_tokens, options)
     empty(model.device)
     resting = torch.cuda.memory_allocated(model.device) if on_gpu else 0
     if on_gpu:
