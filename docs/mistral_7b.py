@@ -218,7 +218,8 @@ def launched() -> list[str]:
         f"for gates and recurrence. Launched alike, the teacher's step still takes longer than the student's, "
         f"{1000 / teacher['decode_tokens_per_second']:.0f} ms against {1000 / slow['decode_tokens_per_second']:.0f}: "
         "cuDNN's attention plans for every length of its keys that the process has not seen, 37 ms at each token "
-        "(found by generating twice in one process, and with `torch.backends.cuda.enable_cudnn_sdp(False)`, which spares it)."
+        "(found by generating twice in one process, and with `torch.backends.cuda.enable_cudnn_sdp(False)`, "
+        "which spares it)."
     ]
 
 
