@@ -54,9 +54,9 @@ def test_sizes_that_are_no_powers_of_two(dim_k, dim_v, slots, seed):
 
 @pytest.mark.parametrize("documents", [None, (0, 1, 20, 0)], ids=["visible", "packed"])
 def test_more_slots_than_a_tile_holds(documents, monkeypatch, seed):
-    monkeypatch.setattr(import_module("t2r_kernels.gsa.triton.wide"), "MOST_SLOTS", 16)
-    inputs = gsa_inputs("zero every third", seed, tokens=19, documents=documents, heads=1, slots=21)
-    visible = None if documents else some_visible("random", seed, 19, None, slots=21)
+    monkeypatch.setattr(import_module("t2r_kernels.gsa.triton.ops"), "MOST_SLOTS", 16)
+    inputs = gsa_inputs("zero every third", seed, tokens=19, documents=documents, heads=2, slots=37)
+    visible = None if documents else some_visible("random", seed, 19, None, slots=37)
     want = run(gsa_call(gsa, documents, backend="naive", visible=visible), reference(inputs), seed)
     visible = None if documents else visible.to(DEVICE)
     compare(run(gsa_call(gsa, documents, backend="triton", visible=visible), on_device(inputs), seed), want, FLOAT32)

@@ -1,6 +1,7 @@
 """The backward pass, from q, k, v, log_alpha and the upstream gradients alone.
 
-1. States at chunk starts again (as in the forward pass).
+1. States at chunk starts again (as in the forward pass). Where the slots come in pieces, `statistics_kernel` takes the
+   softmax's sums of each, and dq, dk and dv are sums over pieces in the end.
 2. `query_kernel`, per chunk: scores and softmax again, then dp, ds and dq; leaves p, ds and the two intra-chunk
    matrices dA (from ds) and W (from p), and each chunk's contribution to the gradient of the states before it.
 3. The same scan as in the forward pass, in reverse: gradients of the states at chunk ends, one scan for K and V.
@@ -18,41 +19,83 @@ import triton.language as tl
 
 from ...triton_chunks import (
     LOG2E,
-    Chunks,
-    Numerics,
+    choose_numerics,
     chunk_range,
     dot,
+    find_chunks,
     load_rows,
     prefix_decay,
     row_offsets,
     split,
     suffix_decay,
 )
-from .common import Blocks, load_log2_alpha, readable, write_weight
+from .common import choose_blocks, load_log2_alpha, readable, write_weight
 from .forward import products, read_slots, softmax2, write_slots
 from .gate import gate_kernel
+from .pieces import add, combine
 from .states import chunk_states, scan
 
 
 @triton.jit
-def query_kernel(
-    q, k, v, log_alpha, visible, do, states, dq, p_out, ds_out, da_out, a_out, dstates, bounds, T, NC, H, HQ, G,
-    scale, scale_log2,
-    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
-    GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+def statistics_kernel(
+    q, k, v, log_alpha, visible, do, states, lse, delta, bounds, T, NC, H, HQ, G, P, scale_log2,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    BG: tl.constexpr, GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One (chunk, key/value head): dq, and what the later steps need of p and ds."""
+    """One (chunk, piece): log2 of the sum of its 2^score, and do . o of the output it would give alone."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    start, stop, _n = chunk_range(bounds, c, T, NC, C, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)
     m = tl.arange(0, BM)
-    token = (start + i) * H + h
+    token = (start + i) * (H // P) + h // P
+    valid = (start + i) < stop
+    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
+    high, low = split(x, SPLIT)
+    w = write_weight(x)
+    state = states + (c.to(tl.int64) * H + h) * (M * (D + V))
+    for tile in range(GROUP_TILES):
+        t, row, row_valid = row_offsets(start, stop, h // P, tile * BG, HQ, G, C, BG)
+        _, at, _ = row_offsets(start, stop, h, tile * BG, HQ * P, G, C, BG)
+        qk, qs = products(
+            q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
+        )  # fmt: skip
+        s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
+        seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
+        p, top, total = softmax2(s * scale_log2, seen)
+        ov, os = products(
+            do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, C * BG, C, BM, CT, PREC
+        )  # fmt: skip
+        dp = read_slots(ov, os, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
+        tl.store(lse + at, top + tl.log2(total), mask=row_valid)
+        tl.store(delta + at, tl.sum(p * dp, 1), mask=row_valid)
+
+
+@triton.jit
+def query_kernel(
+    q, k, v, log_alpha, visible, do, states, lse, delta, dq, p_out, ds_out, da_out, a_out, dstates, bounds, T, NC,
+    H, HQ, G, P, scale, scale_log2,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    BG: tl.constexpr, GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """One (chunk, piece): dq, and what the later steps need of p and ds. lse and delta are those of all pieces, where
+    there are several."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
+    start, stop, _n = chunk_range(bounds, c, T, NC, C, PACKED)
+    if stop <= start:
+        return
+    i = tl.arange(0, C)
+    m = tl.arange(0, BM)
+    token = (start + i) * (H // P) + h // P
     valid = (start + i) < stop
     x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
     high, low = split(x, SPLIT)
@@ -60,24 +103,34 @@ def query_kernel(
     offset = (c.to(tl.int64) * H + h) * (M * (D + V)) + m[:, None] * (D + V)
     state = states + (c.to(tl.int64) * H + h) * (M * (D + V))
     for tile in range(GROUP_TILES):
-        t, row, row_valid = row_offsets(start, stop, h, tile * BG, HQ, G, C, BG)
+        t, row, row_valid = row_offsets(start, stop, h // P, tile * BG, HQ, G, C, BG)
+        _, at, _ = row_offsets(start, stop, h, tile * BG, HQ * P, G, C, BG)
         qk, qs = products(
             q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
         s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
-        p = softmax2(s * scale_log2, readable(visible, start, t, row_valid, m, M, LIMITED))
+        seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
+        if lse is None:
+            p, _, _ = softmax2(s * scale_log2, seen)
+        else:
+            total = tl.load(lse + row, mask=row_valid, other=0.0)
+            p = tl.exp2(tl.where(seen, s * scale_log2, float("-inf")) - total[:, None])
         ov, os = products(
             do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
         dp = read_slots(ov, os, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
-        ds = scale * p * (dp - tl.sum(p * dp, 1)[:, None])
-        slot = row[:, None] * M + m[None, :]
+        if lse is None:
+            mean = tl.sum(p * dp, 1)
+        else:
+            mean = tl.load(delta + row, mask=row_valid, other=0.0)
+        ds = scale * p * (dp - mean[:, None])
+        slot = at[:, None] * M + m[None, :]
         slot_mask = row_valid[:, None] & (m < M)[None, :]
         tl.store(p_out + slot, p, mask=slot_mask)
         tl.store(ds_out + slot, ds, mask=slot_mask)
         a = write_slots(p, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
         da = write_slots(ds, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT).to(CT)
-        pair = row[:, None] * C + i[None, :]
+        pair = at[:, None] * C + i[None, :]
         tl.store(a_out + pair, a, mask=row_valid[:, None] & (i >= 0)[None, :])
         tl.store(da_out + pair, da, mask=row_valid[:, None] & (i >= 0)[None, :])
         decay = prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)
@@ -89,7 +142,7 @@ def query_kernel(
             kb = load_rows(k, token, valid, D, d, CT)
             sb = tl.load(states + offset + d[None, :], mask=mask, other=0.0)
             dqb = dot(da, kb, CT, PREC) + dot(dsd, sb, CT, PREC)
-            tl.store(dq + row[:, None] * D + d[None, :], dqb, mask=row_valid[:, None] & (d < D)[None, :])
+            tl.store(dq + at[:, None] * D + d[None, :], dqb, mask=row_valid[:, None] & (d < D)[None, :])
             qb = load_rows(q, row, row_valid, D, d, CT)
             u = dot(tl.trans(dsd), qb, CT, PREC)
             if tile > 0:
@@ -107,7 +160,7 @@ def query_kernel(
 
 @triton.jit
 def write_gradient(
-    out, pair, x, we, dstate, start, stop, token, valid, m, i, h, HQ, G, STRIDE: tl.constexpr,
+    out, pair, x, we, dstate, start, stop, cell, valid, m, i, h, HQ, G, P, STRIDE: tl.constexpr,
     WIDTH: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BG: tl.constexpr, GROUP_TILES: tl.constexpr,
     BLOCK: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -117,71 +170,84 @@ def write_gradient(
         sb = tl.load(dstate + m[:, None] * STRIDE + d[None, :], mask=(m < M)[:, None] & (d < WIDTH)[None, :], other=0.0)
         acc = dot(we, sb, CT, PREC)
         for tile in range(GROUP_TILES):
-            _, row, row_valid = row_offsets(start, stop, h, tile * BG, HQ, G, C, BG)
-            ab = tl.load(pair + row[:, None] * C + i[None, :], mask=row_valid[:, None] & (i >= 0)[None, :], other=0.0)
+            _, row, row_valid = row_offsets(start, stop, h // P, tile * BG, HQ, G, C, BG)
+            _, at, _ = row_offsets(start, stop, h, tile * BG, HQ * P, G, C, BG)
+            ab = tl.load(pair + at[:, None] * C + i[None, :], mask=row_valid[:, None] & (i >= 0)[None, :], other=0.0)
             acc += dot(tl.trans(ab), load_rows(x, row, row_valid, WIDTH, d, CT), CT, PREC)
-        tl.store(out + token[:, None] * WIDTH + d[None, :], acc, mask=valid[:, None] & (d < WIDTH)[None, :])
+        tl.store(out + cell[:, None] * WIDTH + d[None, :], acc, mask=valid[:, None] & (d < WIDTH)[None, :])
 
 
 @triton.jit
 def key_kernel(
-    q, do, log_alpha, da, a, dstates, dk, dv, bounds, T, NC, H, HQ, G,
-    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
-    GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    q, do, log_alpha, da, a, dstates, dk, dv, bounds, T, NC, H, HQ, G, P,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    BG: tl.constexpr, GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one (chunk, key/value head), already summed over the group."""
+    """dk and dv of one (chunk, piece), already summed over the group."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    start, stop, _n = chunk_range(bounds, c, T, NC, C, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)
     m = tl.arange(0, BM)
-    token = (start + i) * H + h
+    cell = (start + i) * H + h
     valid = (start + i) < stop
     x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
     high, low = split(x, SPLIT)
     we = (write_weight(x) * suffix_decay(i, high, low, LOG_C, SPLIT, EXACT)).to(CT)
     dstate = dstates + (c.to(tl.int64) * H + h) * (M * (D + V))
     write_gradient(
-        dk, da, q, we, dstate, start, stop, token, valid, m, i, h, HQ, G, D + V, D, M, C, BG, GROUP_TILES, BD, CT, PREC
+        dk, da, q, we, dstate, start, stop, cell, valid, m, i, h, HQ, G, P, D + V, D, M, C, BG, GROUP_TILES, BD, CT,
+        PREC
     )  # fmt: skip
     write_gradient(
-        dv, a, do, we, dstate + D, start, stop, token, valid, m, i, h, HQ, G, D + V, V, M, C, BG, GROUP_TILES, BV,
+        dv, a, do, we, dstate + D, start, stop, cell, valid, m, i, h, HQ, G, P, D + V, V, M, C, BG, GROUP_TILES, BV,
         CT, PREC
     )  # fmt: skip
 
 
-def backward(
-    q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, chunks: Chunks, blocks: Blocks, numerics: Numerics,
-):  # fmt: skip
-    """(dq, dk, dv, dlog_alpha in fp32, gradients of the initial states in fp32 or None)."""
+def backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_seqlens):
+    """(dq, dk, dv, dlog_alpha in fp32, gradients of the initial states in fp32 or None); slots as in `forward`."""
     B, T, HQ, D = q.shape
-    H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
+    (H, M), V, group = log_alpha.shape[2:], v.shape[-1], HQ // k.shape[2]
+    P = H // k.shape[2]
+    numerics = choose_numerics(q.dtype)
+    blocks = choose_blocks(group, D, V, M, numerics.store.itemsize)
+    chunks = find_chunks(B, T, blocks.chunk, cu_seqlens)
     C, store = blocks.chunk, numerics.store
 
     def empty(*shape, dtype):
         return torch.empty(*shape, dtype=dtype, device=q.device)
 
-    sizes = (D, V, M, C, C.bit_length() - 1, blocks.group, blocks.group_tiles, blocks.slots, blocks.key, blocks.value)
+    sizes = (
+        D, V, M, C, C.bit_length() - 1, blocks.group, blocks.group_tiles, blocks.slots, blocks.key, blocks.value,
+    )  # fmt: skip
     options = {
         "PACKED": chunks.bounds is not None, "CT": numerics.operand, "SPLIT": numerics.split,
         "PREC": numerics.precision, "EXACT": numerics.exact,
     }  # fmt: skip
-    grid, place = (chunks.count * H,), (chunks.bounds, T, chunks.per_sequence, H, HQ, HQ // H)
+    grid, place = (chunks.count * H,), (chunks.bounds, T, chunks.per_sequence, H, HQ, group, P)
 
     states, gamma = chunk_states(k, v, log_alpha, initial, None, chunks, blocks, numerics)
     # Several tiles of one group add up their contributions in memory, which bf16 would round each time.
     summed = store if blocks.group_tiles == 1 else torch.float32
     dstates = empty(*states.shape, dtype=summed)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    p, ds = (empty(B, T, HQ, M, dtype=store) for _ in range(2))
-    a, da = (empty(B, T, HQ, C, dtype=store) for _ in range(2))
+    dq, dk, dv = (empty(B, T, x.shape[2] * P, x.shape[3], dtype=x.dtype) for x in (q, k, v))
+    p, ds, a, da = (empty(B, T, HQ * P, width, dtype=store) for width in (M, M, C, C))
+    lse = delta = None
+    if P > 1:
+        lse, delta = (empty(B, T, HQ * P, 1, dtype=torch.float32) for _ in range(2))
+        statistics_kernel[grid](
+            q, k, v, log_alpha, visible, do, states, lse, delta, *place, scale * LOG2E, *sizes, **options,
+            LIMITED=visible is not None, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+        delta, lse = combine(delta, lse, group, P)
     query_kernel[grid](
-        q, k, v, log_alpha, visible, do, states, dq, p, ds, da, a, dstates, *place, scale, scale * LOG2E, *sizes,
-        **options, LIMITED=visible is not None, num_warps=blocks.warps, num_stages=blocks.stages,
+        q, k, v, log_alpha, visible, do, states, lse, delta, dq, p, ds, da, a, dstates, *place, scale, scale * LOG2E,
+        *sizes, **options, LIMITED=visible is not None, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     dinitial = None
     if initial is not None:
@@ -195,4 +261,6 @@ def backward(
         q, k, v, log_alpha, do, p, ds, states, dstates, gamma, dlog_alpha, *place, *sizes, **options,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
+    if P > 1:
+        dq, dk, dv = add(dq, group, P), add(dk, 1, P), add(dv, 1, P)
     return dq, dk, dv, dlog_alpha, dinitial

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ...triton_chunks import FLOOR, ceil_div, power_of_two
+from ...triton_chunks import FLOOR, ceil_div, pad, power_of_two
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,22 @@ class Blocks:
         return self.chunk * self.group
 
 
-def choose_blocks(HQ: int, H: int, D: int, V: int, M: int, itemsize: int) -> Blocks:
-    """The one configuration for these sizes. Rows are a multiple of 64, the height of a Hopper matrix instruction."""
-    slots = max(16, power_of_two(M))
-    rows = 128 if slots <= 64 and itemsize == 2 else 64
-    if slots > 64 and itemsize == 4:
-        rows = 32 if slots <= 128 else 16  # three tf32 passes over more would need more shared memory than there is
-    group = min(power_of_two(HQ // H), rows // 16)
-    chunk = min(64 if rows == 128 else 32, max(16, rows // group))
+def choose_blocks(group: int, D: int, V: int, M: int, itemsize: int) -> Blocks:
+    """The one configuration for these sizes, at most 64 slots. Rows are a multiple of 64, the height of a Hopper matrix
+    instruction."""
+    slots = pad(M)
+    rows = 128 if itemsize == 2 else 64
+    tile = min(power_of_two(group), rows // 16)
+    chunk = min(64 if rows == 128 else 32, max(16, rows // tile))
     width = 64 if itemsize == 2 else 32
-    if slots > 128:
-        width = 32
     return Blocks(
         chunk=chunk,
-        group=group,
-        group_tiles=ceil_div(HQ // H, group),
+        group=tile,
+        group_tiles=ceil_div(group, tile),
         slots=slots,
-        key=min(width, max(16, power_of_two(D))),
-        value=min(width, max(16, power_of_two(V))),
-        warps=8 if chunk * group * slots >= 8192 or (slots > 64 and itemsize == 4) else 4,
+        key=min(width, pad(D)),
+        value=min(width, pad(V)),
+        warps=8 if chunk * tile * slots >= 8192 else 4,
         stages=2 if itemsize == 2 else 1,
     )
 
@@ -68,11 +65,11 @@ def write_weight(x):
 
 
 @triton.jit
-def readable(visible, start, t, row_valid, m, M: tl.constexpr, LIMITED: tl.constexpr):
-    """Which slots each row may read, [rows, BM]: all M, or with LIMITED the first visible[token]."""
+def readable(visible, start, t, row_valid, m, M: tl.constexpr, LIMITED: tl.constexpr, before=0):
+    """Which slots each row may read, [rows, BM]: all M, or with LIMITED the first visible[token] - before of them."""
     if LIMITED:
-        limit = tl.load(visible + start + t, mask=row_valid, other=M)
-        seen = m[None, :] < limit[:, None]
+        limit = tl.load(visible + start + t, mask=row_valid, other=M) - before
+        seen = m[None, :] < tl.minimum(limit, M)[:, None]
     else:
         seen = (m < M)[None, :] & (t >= 0)[:, None]
     return seen

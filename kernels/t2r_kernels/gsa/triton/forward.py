@@ -6,10 +6,10 @@ import triton.language as tl
 
 from ...triton_chunks import (
     LOG2E,
-    Chunks,
-    Numerics,
+    choose_numerics,
     chunk_range,
     dot,
+    find_chunks,
     load_rows,
     pairs_at,
     prefix_decay,
@@ -17,18 +17,9 @@ from ...triton_chunks import (
     split,
     suffix_decay,
 )
-from .common import Blocks, load_log2_alpha, readable, write_weight
+from .common import choose_blocks, load_log2_alpha, readable, write_weight
+from .pieces import LOWEST, combine
 from .states import chunk_states
-
-
-@triton.jit
-def read_level(
-    qk, t, i, w, high, low, level, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr
-):
-    """The pairs of one level of the tree in `read_slots`."""
-    we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
-    part = dot(tl.where(pairs_at(t, i, level), qk, 0.0), we, CT, PREC)
-    return part * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
 
 
 @triton.jit
@@ -42,23 +33,11 @@ def read_slots(
     """
     s = inter * prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)
     s += dot(tl.where(t[:, None] == i[None, :], qk, 0.0), w, CT, PREC)
-    if SPLIT or w.shape[1] <= 64:
-        for level in tl.static_range(LOG_C):
-            s += read_level(qk, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
-    else:  # three passes over wide tiles, unrolled, compile for minutes
-        for level in range(LOG_C):
-            s += read_level(qk, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
+    for level in tl.static_range(LOG_C):
+        we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
+        part = dot(tl.where(pairs_at(t, i, level), qk, 0.0), we, CT, PREC)
+        s += part * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
     return s
-
-
-@triton.jit
-def write_level(
-    p, t, i, w, high, low, level, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr
-):
-    """The pairs of one level of the tree in `write_slots`."""
-    we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
-    pd = p * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
-    return tl.where(pairs_at(t, i, level), dot(pd, tl.trans(we.to(CT)), CT, PREC), 0.0)
 
 
 @triton.jit
@@ -68,21 +47,22 @@ def write_slots(
 ):  # fmt: skip
     """Key-side gated attention of a chunk: [rows, C] of sum_m p[t, m] w[i, m] decay(i -> t)[m] for i <= t, else 0."""
     a = tl.where(t[:, None] == i[None, :], dot(p, tl.trans(w.to(CT)), CT, PREC), 0.0)
-    if SPLIT or w.shape[1] <= 64:
-        for level in tl.static_range(LOG_C):
-            a += write_level(p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
-    else:
-        for level in range(LOG_C):
-            a += write_level(p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
+    for level in tl.static_range(LOG_C):
+        we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
+        pd = p * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+        a += tl.where(pairs_at(t, i, level), dot(pd, tl.trans(we.to(CT)), CT, PREC), 0.0)
     return a
 
 
 @triton.jit
 def softmax2(s, seen):
-    """Softmax over the slots in `seen` of scores in log2 units."""
+    """Softmax over the slots in `seen` of scores in log2 units, 0 where there are none; the maximum of the scores, and
+    the sum of their 2^(score - maximum), at least 1 or 0."""
     s = tl.where(seen, s, float("-inf"))
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None]
+    top = tl.maximum(tl.max(s, 1), LOWEST)
+    p = tl.exp2(s - top[:, None])
+    total = tl.sum(p, 1)
+    return p / tl.maximum(total, 1.0)[:, None], top, total
 
 
 @triton.jit
@@ -106,13 +86,14 @@ def products(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, log_alpha, visible, states, o, bounds, T, NC, H, HQ, G, scale_log2,
-    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    q, k, v, log_alpha, visible, states, o, lse, bounds, T, NC, H, HQ, G, P, scale_log2,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """o of one (chunk, key/value head, tile of its query heads)."""
+    """o of one (chunk, piece of a key/value head, tile of its query heads), and where there are several pieces log2 of
+    the sum that its softmax was divided by."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
@@ -121,9 +102,10 @@ def forward_kernel(
         return
     i = tl.arange(0, C)
     m = tl.arange(0, BM)
-    token = (start + i) * H + h
+    token = (start + i) * (H // P) + h // P
     valid = (start + i) < stop
-    t, row, row_valid = row_offsets(start, stop, h, tl.program_id(1) * BG, HQ, G, C, BG)
+    t, row, row_valid = row_offsets(start, stop, h // P, tl.program_id(1) * BG, HQ, G, C, BG)
+    _, at, _ = row_offsets(start, stop, h, tl.program_id(1) * BG, HQ * P, G, C, BG)
     x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
     high, low = split(x, SPLIT)
     w = write_weight(x)
@@ -132,7 +114,10 @@ def forward_kernel(
         q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
     )  # fmt: skip
     s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
-    p = softmax2(s * scale_log2, readable(visible, start, t, row_valid, m, M, LIMITED))
+    seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
+    p, top, total = softmax2(s * scale_log2, seen)
+    if lse is not None:
+        tl.store(lse + at, top + tl.log2(total), mask=row_valid)
     a = write_slots(p, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT).to(CT)
     pd = (p * prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)).to(CT)
     for d0 in range(0, V, BV):
@@ -140,22 +125,28 @@ def forward_kernel(
         vb = load_rows(v, token, valid, V, d, CT)
         sb = tl.load(state + D + m[:, None] * (D + V) + d[None, :], mask=(m < M)[:, None] & (d < V)[None, :], other=0.0)
         ob = dot(a, vb, CT, PREC) + dot(pd, sb, CT, PREC)
-        tl.store(o + row[:, None] * V + d[None, :], ob, mask=row_valid[:, None] & (d < V)[None, :])
+        tl.store(o + at[:, None] * V + d[None, :], ob, mask=row_valid[:, None] & (d < V)[None, :])
 
 
-def forward(
-    q, k, v, log_alpha, visible, scale: float, initial, final, chunks: Chunks, blocks: Blocks, numerics: Numerics
-):
-    """o [B, T, HQ, V]; writes `final` (pair of fp32 states, or None)."""
+def forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_seqlens):
+    """o [B, T, HQ, V]; writes `final` (pair of fp32 states, or None).
+
+    log_alpha [B, T, H * P, M] has the slots of each head in P pieces, as the states [N, H * P, M, :] have.
+    """
     B, T, HQ, D = q.shape
-    H, V, M = k.shape[2], v.shape[-1], log_alpha.shape[-1]
+    (H, M), V, group = log_alpha.shape[2:], v.shape[-1], HQ // k.shape[2]
+    P = H // k.shape[2]
+    numerics = choose_numerics(q.dtype)
+    blocks = choose_blocks(group, D, V, M, numerics.store.itemsize)
+    chunks = find_chunks(B, T, blocks.chunk, cu_seqlens)
     states, _ = chunk_states(k, v, log_alpha, initial, final, chunks, blocks, numerics)
-    o = torch.empty(B, T, HQ, V, dtype=q.dtype, device=q.device)
+    o = torch.empty(B, T, HQ * P, V, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, T, HQ * P, dtype=torch.float32, device=q.device) if P > 1 else None
     forward_kernel[(chunks.count * H, blocks.group_tiles)](
-        q, k, v, log_alpha, visible, states, o, chunks.bounds, T, chunks.per_sequence, H, HQ, HQ // H, scale * LOG2E,
-        D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.group, blocks.slots, blocks.key, blocks.value,
+        q, k, v, log_alpha, visible, states, o, lse, chunks.bounds, T, chunks.per_sequence, H, HQ, group, P,
+        scale * LOG2E, D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.group, blocks.slots, blocks.key,
+        blocks.value,
         PACKED=chunks.bounds is not None, LIMITED=visible is not None, CT=numerics.operand, SPLIT=numerics.split,
-        PREC=numerics.precision,
-        EXACT=numerics.exact, num_warps=blocks.warps, num_stages=blocks.stages,
+        PREC=numerics.precision, EXACT=numerics.exact, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    return o
+    return o if lse is None else combine(o, lse, group, P)[0]

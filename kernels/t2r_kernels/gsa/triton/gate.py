@@ -63,21 +63,21 @@ def level_flow(
 
 @triton.jit
 def gate_kernel(
-    q, k, v, log_alpha, do, p_in, ds_in, states, dstates, gamma, dlog_alpha, bounds, T, NC, H, HQ, G,
-    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BG: tl.constexpr,
-    GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    q, k, v, log_alpha, do, p_in, ds_in, states, dstates, gamma, dlog_alpha, bounds, T, NC, H, HQ, G, P,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    BG: tl.constexpr, GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dlog_alpha of one (chunk, key/value head)."""
+    """dlog_alpha of one (chunk, piece)."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    start, stop, _n = chunk_range(bounds, c, T, NC, C, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)
     m = tl.arange(0, BM)
-    token = (start + i) * H + h
+    token = (start + i) * (H // P) + h // P
     valid = (start + i) < stop
     x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
     high, low = split(x, SPLIT)
@@ -94,8 +94,9 @@ def gate_kernel(
     flow += (tl.load(gamma + where * M + m, mask=m < M, other=0.0) * across)[None, :]
 
     for tile in range(GROUP_TILES):
-        t, row, row_valid = row_offsets(start, stop, h, tile * BG, HQ, G, C, BG)
-        slot = row[:, None] * M + m[None, :]
+        t, row, row_valid = row_offsets(start, stop, h // P, tile * BG, HQ, G, C, BG)
+        _, at, _ = row_offsets(start, stop, h, tile * BG, HQ * P, G, C, BG)
+        slot = at[:, None] * M + m[None, :]
         slot_mask = row_valid[:, None] & (m < M)[None, :]
         p = tl.load(p_in + slot, mask=slot_mask, other=0.0)
         ds = tl.load(ds_in + slot, mask=slot_mask, other=0.0)
@@ -112,15 +113,10 @@ def gate_kernel(
         same = t[:, None] == i[None, :]
         dw += dot(tl.trans(tl.where(same, qk, 0.0).to(CT)), ds, CT, PREC)
         dw += dot(tl.trans(tl.where(same, ov, 0.0).to(CT)), p, CT, PREC)
-        if SPLIT or BM <= 64:
-            for level in tl.static_range(LOG_C):
-                crossing, written = level_flow(qk, ov, ds, p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
-                flow += crossing
-                dw += written
-        else:  # as in `read_slots`
-            for level in range(LOG_C):
-                crossing, written = level_flow(qk, ov, ds, p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
-                flow += crossing
-                dw += written
+        for level in tl.static_range(LOG_C):
+            crossing, written = level_flow(qk, ov, ds, p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
+            flow += crossing
+            dw += written
     grad = flow - tl.exp2(x) * dw
-    tl.store(dlog_alpha + token[:, None] * M + m[None, :], grad, mask=valid[:, None] & (m < M)[None, :])
+    cell = (start + i) * H + h
+    tl.store(dlog_alpha + cell[:, None] * M + m[None, :], grad, mask=valid[:, None] & (m < M)[None, :])

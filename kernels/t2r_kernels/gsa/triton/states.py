@@ -14,12 +14,12 @@ from .launch import launch
 
 @triton.jit
 def local_state_kernel(
-    k, v, log_alpha, states, gamma, bounds, T, NC, H,
+    k, v, log_alpha, states, gamma, bounds, T, NC, H, P,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One (chunk, head): what its tokens leave in an empty state, and its total decay gamma [chunks, H, M]."""
+    """One (chunk, piece): what its tokens leave in an empty state, and its total decay gamma [chunks, H, M]."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
@@ -28,7 +28,7 @@ def local_state_kernel(
         return
     i = tl.arange(0, C)
     m = tl.arange(0, BM)
-    token = (start + i) * H + h
+    token = (start + i) * (H // P) + h // P
     valid = (start + i) < stop
     x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
     high, low = split(x, SPLIT)
@@ -126,14 +126,15 @@ def scan(states, gamma, incoming, outgoing, chunks: Chunks, D: int, V: int, *, r
 def chunk_states(k, v, log_alpha, initial, final, chunks: Chunks, blocks: Blocks, numerics: Numerics):
     """States at the start of every chunk [chunks, H, M, D + V], decays of whole chunks [chunks, H, M] in fp32.
 
-    `initial` and `final` are pairs of [N, H, M, D] and [N, H, M, V] or None; `final` is written.
+    H counts pieces of heads (`walk.py`). `initial` and `final` are pairs of [N, H, M, D] and [N, H, M, V] or None;
+    `final` is written.
     """
-    _, T, H, D = k.shape
-    V, M = v.shape[-1], log_alpha.shape[-1]
+    T, H, M = log_alpha.shape[1:]
+    D, V = k.shape[-1], v.shape[-1]
     states = torch.empty(chunks.count, H, M, D + V, dtype=numerics.store, device=k.device)
     gamma = torch.empty(chunks.count, H, M, dtype=torch.float32, device=k.device)
     local_state_kernel[(chunks.count * H,)](
-        k, v, log_alpha, states, gamma, chunks.bounds, T, chunks.per_sequence, H,
+        k, v, log_alpha, states, gamma, chunks.bounds, T, chunks.per_sequence, H, H // k.shape[2],
         D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.slots, blocks.key, blocks.value,
         PACKED=chunks.bounds is not None, CT=numerics.operand, SPLIT=numerics.split, PREC=numerics.precision,
         EXACT=numerics.exact, num_warps=4,

@@ -5,6 +5,11 @@ Inside a tile one factor per (row, slot) serves the state and all earlier tokens
 keeps of a gate that forgets). The state carried to the next tile is decayed by the gate as it is.
 
 A tile is known by the number (first token) // 16 + (its sequence), which is unique whatever the documents' lengths.
+
+Slots beyond what one program holds go in pieces (`pieces.py`). To these kernels each piece is a head of its own that
+shares its keys, values and queries with its neighbours: h counts pieces, H of them in all, M the slots of one, and
+h // P is the key/value head. What has slots is laid out by pieces: gates [B, T, H, M], rows of scores
+[B, T, HQ * P, M].
 """
 
 import functools
@@ -35,12 +40,14 @@ TINY = tl.constexpr(2.0**-104)
 
 
 @functools.cache
-def fits(HQ: int, H: int, D: int, V: int, M: int, dtype: torch.dtype) -> bool:
-    """Whether the fast path takes these sizes: both states of a head fit into the registers of one program, and the
-    tiles of 64 rows (128 for groups beyond four heads) by M slots beside them."""
-    group = HQ // H
-    states = pad(M) * (pad(D) + pad(V)) <= 64 * 256
-    return dtype == torch.bfloat16 and states and group <= 8 and pad(M) <= (128 if group <= 4 else 64)
+def most_slots(HQ: int, H: int, D: int, V: int, dtype: torch.dtype) -> int:
+    """How many slots a piece may have on the fast path, 0 where it does not take these sizes: both states of a head fit
+    into the registers of one program, and the tiles of 64 rows (128 for groups beyond four heads) by slots beside them.
+    """
+    group, width = HQ // H, pad(D) + pad(V)
+    if dtype != torch.bfloat16 or group > 8 or width > 1024:
+        return 0
+    return min(1 << (64 * 256 // width).bit_length() - 1, 128 if group <= 4 else 64)
 
 
 @functools.cache
@@ -110,10 +117,10 @@ def gates_kernel(
 
 @triton.jit
 def walk_columns(
-    x, y, gamma, states, tiles, col, start, stop, n, c, h, H, HX, G,
-    WIDTH: tl.constexpr, E: tl.constexpr, SIDE: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, BG: tl.constexpr,
-    BM: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr,
-    CT: tl.constexpr,
+    x, y, gamma, states, tiles, col, start, stop, n, c, h, H, HX, G, P,
+    WIDTH: tl.constexpr, E: tl.constexpr, SIDE: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
+    BG: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr,
+    TILES: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """Columns [col, col + BLOCK) of K's (SIDE 0) or V's part of the state, over one segment."""
     m = tl.arange(0, BM)
@@ -128,8 +135,9 @@ def walk_columns(
     count = ((stop - start + TILE - 1) // TILE).to(tl.int32)
     for step in range(count):
         j = (count - 1 - step) if REVERSE else step
-        _, row, valid = row_offsets(start + j * TILE, stop, h, 0, HX, G, TILE, BG)
-        xb = tl.load(x + row[:, None] * STRIDE + m[None, :], mask=valid[:, None] & (m < M)[None, :], other=0.0).to(CT)
+        _, row, valid = row_offsets(start + j * TILE, stop, h // P, 0, HX, G, TILE, BG)
+        _, at, _ = row_offsets(start + j * TILE, stop, h, 0, HX * P, G, TILE, BG)
+        xb = tl.load(x + at[:, None] * STRIDE + m[None, :], mask=valid[:, None] & (m < M)[None, :], other=0.0).to(CT)
         yb = tl.load(y + row[:, None] * WIDTH + d[None, :], mask=valid[:, None] & (d < WIDTH)[None, :], other=0.0)
         tile = (start // TILE + n + j) * H + h
         decay = tl.load(gamma + tile * M + m, mask=m < M, other=1.0)
@@ -142,10 +150,10 @@ def walk_columns(
 
 @triton.jit
 def walk_states_kernel(
-    xk, yk, xv, yv, gamma, states, total, tiles, bounds, T, NS, S, H, HX, G,
-    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
-    BLOCK: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr,
-    CT: tl.constexpr,
+    xk, yk, xv, yv, gamma, states, total, tiles, bounds, T, NS, S, H, HX, G, P,
+    D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, BG: tl.constexpr,
+    BM: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr,
+    TILES: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """One (segment, head) and slice of columns of state <- gamma state + x^T y over the segment's tiles, in reverse for
     gradients. Rows of x are STRIDE apart. With TILES it stores the state that each tile meets; else what the segment
@@ -159,13 +167,13 @@ def walk_states_kernel(
     slices: tl.constexpr = (D + BLOCK - 1) // BLOCK
     if slice_ < slices:
         walk_columns(
-            xk, yk, gamma, states, tiles, slice_ * BLOCK, start, stop, n, c, h, H, HX, G, D, D + V, 0, M, STRIDE, BG,
-            BM, BLOCK, REVERSE, EMPTY, TILES, CT,
+            xk, yk, gamma, states, tiles, slice_ * BLOCK, start, stop, n, c, h, H, HX, G, P, D, D + V, 0, M, STRIDE,
+            BG, BM, BLOCK, REVERSE, EMPTY, TILES, CT,
         )  # fmt: skip
     else:
         walk_columns(
-            xv, yv, gamma, states, tiles, (slice_ - slices) * BLOCK, start, stop, n, c, h, H, HX, G, V, D + V, D, M,
-            STRIDE, BG, BM, BLOCK, REVERSE, EMPTY, TILES, CT,
+            xv, yv, gamma, states, tiles, (slice_ - slices) * BLOCK, start, stop, n, c, h, H, HX, G, P, V, D + V, D,
+            M, STRIDE, BG, BM, BLOCK, REVERSE, EMPTY, TILES, CT,
         )  # fmt: skip
     if (not TILES) and slice_ == 0:
         m = tl.arange(0, BM)
@@ -179,8 +187,9 @@ def walk_states_kernel(
 class Walk:
     """Both states of one problem, walked along all sequences: forward for writes, in reverse for gradients."""
 
-    def __init__(self, log_alpha, D: int, V: int, cu_seqlens, operand, reads: bool):
+    def __init__(self, log_alpha, pieces: int, D: int, V: int, cu_seqlens, operand, reads: bool):
         B, T, H, M = log_alpha.shape
+        self.pieces = pieces
         self.D, self.V, self.M, self.H, self.T, self.B = D, V, M, H, T, B
         self.operand, self.cu_seqlens, self.device = operand, cu_seqlens, log_alpha.device
         self.store = torch.bfloat16 if operand == tl.bfloat16 else torch.float32
@@ -214,7 +223,8 @@ class Walk:
         launch.launch(
             walk_states_kernel, (segments.count * self.H, slices, 1),
             xk, yk, xv, yv, self.gamma, states, total, tiles, segments.bounds, self.T, segments.per_sequence, length,
-            self.H, self.H * group, group, self.D, self.V, self.M, xk.stride(2), rows // 16, pad(self.M), block,
+            self.H, self.H // self.pieces * group, group, self.pieces, self.D, self.V, self.M, xk.stride(2),
+            rows // 16, pad(self.M), block,
             segments.bounds is not None, reverse, empty, tiles is not None, self.operand, **options,
         )  # fmt: skip
 
