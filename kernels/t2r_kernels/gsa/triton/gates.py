@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...triton_chunks import ceil_div, power_of_two
-from .launch import launch
+from ...triton_launch import launch
 
 TOKENS = tl.constexpr(16)
 SPAN = 256  # tokens whose gradients for bias and amplitude one program sums

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_with_zeros
 
 from ...triton_chunks import ceil_div, power_of_two
-from .launch import launch
+from ...triton_launch import launch
 
 LOWEST = tl.constexpr(-1e30)  # in the place of the maximum of no scores: -inf - -inf would be NaN
 

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from ...triton_chunks import Chunks, Numerics, ceil_div, chunk_range, dot, load_rows, split, suffix_decay
+from ...triton_launch import launch
 from .common import Blocks, load_log2_alpha, write_weight
-from .launch import launch
 
 
 @triton.jit

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_chunks import LOG2E, ceil_div, power_of_two
+from ...triton_launch import launch
 from .common import write_weight
-from .launch import launch
 from .walk import processors
 
 WARP = 32

@@ -31,7 +31,8 @@ from ...triton_chunks import (
     row_offsets,
     split,
 )
-from . import launch
+from ...triton_launch import launch
+from . import configs
 from .common import load_log2_alpha, write_weight
 from .states import scan
 
@@ -198,7 +199,7 @@ class Walk:
         self.gamma = torch.empty(self.tile_count, H, M, dtype=torch.float32, device=self.device)
         parts = 4 if reads else 1
         self.operands = torch.empty(B, T, H, parts, M, dtype=self.store, device=self.device)
-        launch.launch(
+        launch(
             gates_kernel, (self.tiles.count * H, 1, 1),
             log_alpha, self.operands, self.gamma, self.tiles.bounds, T, self.tiles.per_sequence, H, M, pad(M),
             cu_seqlens is not None, parts, operand, num_warps=2,
@@ -209,18 +210,18 @@ class Walk:
 
     def slices(self) -> tuple[int, int]:
         """Width of a slice of the states' columns, and how many there are."""
-        block = min(launch.STATE_COLUMNS, max(pad(self.D), pad(self.V)))
+        block = min(configs.STATE_COLUMNS, max(pad(self.D), pad(self.V)))
         return block, ceil_div(self.D, block) + ceil_div(self.V, block)
 
     def _launch(self, pairs, states, total, tiles, segments, length, group, reverse, empty):
         (xk, yk), (xv, yv) = pairs
         block, slices = self.slices()
         rows = 16 * power_of_two(group)
-        options = dict(launch.STATES)
+        options = dict(configs.STATES)
         # Both branches of the kernel (K, V) hold their own stages in shared memory, of which a program gets 227 KiB.
         while options["num_stages"] > 1 and 4 * options["num_stages"] * rows * (pad(self.M) + block) > 2**17 * 1.7:
             options["num_stages"] -= 1
-        launch.launch(
+        launch(
             walk_states_kernel, (segments.count * self.H, slices, 1),
             xk, yk, xv, yv, self.gamma, states, total, tiles, segments.bounds, self.T, segments.per_sequence, length,
             self.H, self.H // self.pieces * group, group, self.pieces, self.D, self.V, self.M, xk.stride(2),
@@ -245,7 +246,7 @@ class Walk:
         programs = self.H * self.slices()[1] * (1 if self.cu_seqlens is not None else self.B)
         # Without segments one pass does; they pay where the device would stand half empty.
         filled = 2 * programs >= processors(self.device) and self.cu_seqlens is None
-        length = self.T if filled else segment_length(self.T, programs, self.device, launch.STATE_PROGRAMS)
+        length = self.T if filled else segment_length(self.T, programs, self.device, configs.STATE_PROGRAMS)
         segments = self.segments(length)
         states = self.segment_states(pairs, incoming, outgoing, segments, length, group=group, reverse=reverse)
         return states, segments, length

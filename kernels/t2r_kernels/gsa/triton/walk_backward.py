@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from ...triton_chunks import LOG2E, chunk_range, load_rows, pad, power_of_two, row_offsets
-from . import launch, pieces
+from ...triton_launch import launch
+from . import configs, pieces
 from .common import load_log2_alpha, write_weight
 from .walk import TILE, Walk, rest_of_tile
 from .walk_tiles import mm, tile_query_kernel, tile_statistics_kernel
@@ -132,19 +133,19 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     p, ds, a, da = (empty(HQ * P, width, dtype=walk.store) for width in (M, M, 16, 16))
     place = (walk.tiles.bounds, T, walk.tiles.per_sequence, H, HQ, group, P)
     sizes = (D, V, M, power_of_two(group), pad(M))
-    columns = [min(launch.QUERY_COLUMNS, pad(x)) for x in (D, V)]
+    columns = [min(configs.QUERY_COLUMNS, pad(x)) for x in (D, V)]
     packed, grid = cu_seqlens is not None, (walk.tiles.count * H, 1, 1)
-    options = launch.for_group(launch.QUERY, group)
+    options = configs.for_group(configs.QUERY, group)
     lse = delta = None
     if P > 1:
         lse, delta = (empty(HQ * P, 1, dtype=torch.float32) for _ in range(2))
-        launch.launch(
+        launch(
             tile_statistics_kernel, grid,
             q, k, v, log_alpha, visible, do, tiles, lse, delta, *place, scale * LOG2E, *sizes, *columns, packed,
             visible is not None, operand, **options,
         )  # fmt: skip
         delta, lse = pieces.combine(delta, lse, group, P)
-    launch.launch(
+    launch(
         tile_query_kernel, grid,
         q, k, v, log_alpha, visible, do, tiles, lse, delta, dq, p, ds, da, a, dlog_alpha, *place, scale, scale * LOG2E,
         *sizes, *columns, packed, visible is not None, operand, **options,
@@ -155,13 +156,13 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     states, segments, length = walk.starts(((ds, q), (p, do)), dfinal, dinitial, group=group, reverse=True)
     reads = [torch.empty_like(dlog_alpha) for _ in range(2)]
     across = [torch.empty_like(walk.gamma) for _ in range(2)]
-    launch.launch(
+    launch(
         walk_key_kernel, (segments.count * H, 2, 1),
         q, k, v, do, p, ds, a, da, walk.operands, walk.gamma, tiles, states, dk, dv, *reads, *across, segments.bounds,
         T, segments.per_sequence, length, H, HQ, group, P, *sizes, max(pad(D), pad(V)), packed, states is None, operand,
-        **launch.KEY,
+        **configs.KEY,
     )  # fmt: skip
-    launch.launch(
+    launch(
         tile_gate_kernel, grid,
         log_alpha, *reads, *across, dlog_alpha, walk.tiles.bounds, T, walk.tiles.per_sequence, H, M, pad(M), packed,
         operand, num_warps=2,

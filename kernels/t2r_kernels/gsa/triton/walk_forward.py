@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from ...triton_chunks import LOG2E, chunk_range, load_rows, pad, power_of_two, row_offsets
-from . import launch
+from ...triton_launch import launch
+from . import configs
 from .common import readable
 from .pieces import LOWEST, combine
 from .walk import TILE, TINY, Walk, segment_length
@@ -99,17 +100,17 @@ def walk_forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_s
     (H, M), V, group = log_alpha.shape[2:], v.shape[-1], HQ // k.shape[2]
     P = H // k.shape[2]
     walk = Walk(log_alpha, P, D, V, cu_seqlens, operand, True)
-    length = segment_length(T, H * (B if cu_seqlens is None else 1), q.device, launch.FORWARD_PROGRAMS)
+    length = segment_length(T, H * (B if cu_seqlens is None else 1), q.device, configs.FORWARD_PROGRAMS)
     segments = walk.segments(length)
     states = walk.segment_states(((walk.operands, k), (walk.operands, v)), initial, final, segments, length)
     o = torch.empty(B, T, HQ * P, V, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, T, HQ * P, dtype=torch.float32, device=q.device) if P > 1 else None
-    launch.launch(
+    launch(
         walk_forward_kernel, (segments.count * H, 1, 1),
         q, k, v, visible, walk.operands, walk.gamma, states, o, lse, segments.bounds, T, segments.per_sequence,
         length, H, HQ, group, P, scale * LOG2E,
         D, V, M, power_of_two(group), pad(M), pad(D), pad(V),
         segments.bounds is not None, states is None, visible is not None, operand,
-        **launch.for_group(launch.FORWARD, group),
+        **configs.for_group(configs.FORWARD, group),
     )  # fmt: skip
     return o if lse is None else combine(o, lse, group, P)[0]

@@ -1,7 +1,5 @@
 """Launch configurations of the fast path, measured on one H200 at D = V = 128, M = 64 and groups of four heads."""
 
-from ...triton_launch import launch as launch
-
 FORWARD = {"num_warps": 4, "num_stages": 2}
 QUERY = {"num_warps": 4, "num_stages": 3}
 QUERY_COLUMNS = 64
