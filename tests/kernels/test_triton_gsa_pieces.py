@@ -1,4 +1,4 @@
-"""gsa in Triton with more slots than a program of the fast path holds: pieces of slots, on a GPU in bf16.
+"""gsa in Triton with more slots than a program holds: pieces of slots, on a GPU in bf16 (most on the fast path).
 
 `test_triton_gsa_walk.py` runs the same kernels in Triton's interpreter, in pieces of 16 and 32 slots.
 """
@@ -40,7 +40,7 @@ def test_gates(slots, gate, seed):
 @pytest.mark.parametrize(
     ("dim_k", "dim_v", "group", "slots"),
     [(64, 64, 4, 256), (64, 64, 8, 256), (80, 96, 3, 100), (256, 256, 4, 96), (128, 128, 1, 128), (128, 64, 8, 128),
-     (128, 128, 7, 192), (16, 80, 2, 300)],
+     (128, 128, 7, 192), (16, 80, 2, 300), (64, 64, 20, 100), (128, 128, 12, 130)],
 )  # fmt: skip
 def test_widths_and_groups(dim_k, dim_v, group, slots, seed):
     check(draw("mild", seed, 127, dim_k=dim_k, dim_v=dim_v, group=group, slots=slots, heads=2, batch=2), seed)
@@ -82,6 +82,14 @@ def test_every_element_is_written(documents, monkeypatch, seed):
 
     monkeypatch.setattr(torch, "empty", poisoned)
     check(draw("mild", seed, 127, documents=documents, slots=100, group=3, heads=2), seed, documents)
+
+
+def test_small_for_a_sanitizer(seed):
+    """Every kernel of both paths in pieces, few tokens: what compute-sanitizer can go through in a minute."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = gsa_inputs("mild", seed, documents=(0, 1, 20), heads=1, dim_k=128, dim_v=128, slots=100, dtype=dtype)
+        got = run(gsa_call(gsa, (0, 1, 20), backend="triton"), {name: y.cuda() for name, y in x.items()}, seed)
+        assert all(y.isfinite().all() for y in got.values())
 
 
 def test_two_runs_are_bitwise_equal(seed):
