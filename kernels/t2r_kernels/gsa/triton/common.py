@@ -10,7 +10,7 @@ from ...triton_chunks import FLOOR, ceil_div, pad, power_of_two
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of one problem: every query head of a group shares a tile of `rows` = chunk * group rows."""
+    """Block sizes of one problem: the query heads of a group share tiles of chunk * group rows."""
 
     chunk: int
     group: int  # query heads per tile, a power of two
@@ -20,10 +20,6 @@ class Blocks:
     value: int
     warps: int
     stages: int
-
-    @property
-    def rows(self) -> int:
-        return self.chunk * self.group
 
 
 def choose_blocks(group: int, D: int, V: int, M: int, itemsize: int) -> Blocks:
