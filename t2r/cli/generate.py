@@ -36,11 +36,17 @@ def command(
 
     A student's memory does not grow with the text. Speed and state size are told on standard error at the end.
     """
+    from t2r.errors import InputError
     from t2r.generate import Statistics, generate
     from t2r.model import load
     from t2r.resources import resolve
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text = click.get_binary_stream("stdin").read().decode() if prompt == "-" else prompt
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--prompt -: standard input is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
     loaded, tokenizer = load(resolve(model), dtype=dtype, device=device)
     told = Statistics()
     pieces = generate(

@@ -102,4 +102,6 @@ def test_command_line(model, tokenizer, tmp_path):
     assert from_option.exit_code == 0, from_option.output
     expected = "".join(generate(model, tokenizer, "One two", max_new_tokens=6, temperature=0))
     assert from_option.stdout == from_stdin.stdout == expected + "\n"
+    garbled = CliRunner().invoke(command, arguments, input=b"One \xff two")
+    assert "standard input is not UTF-8 text" in str(garbled.exception)
     assert "new: 6 tokens" in from_option.stderr
