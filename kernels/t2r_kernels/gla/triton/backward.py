@@ -159,9 +159,9 @@ def plain_gradient_kernel(
 
 def gated_gradients(
     r, p, y, x, write, gate, decays: Decays, states, dstates, scale, want_dr, cu_seqlens, plan: Plan, chunks: Chunks,
-    chunk: int, dtype
+    chunk: int
 ):  # fmt: skip
-    """In `dtype` dr (or None) and dy, and the gradients of gate and write weights in fp32 (or None)."""
+    """dr (or None) and dy, and the gradients of gate and write weights in fp32 (or None)."""
     B, T, H = y.shape[:3]
     width, slices, options = configs.fit(configs.GATED_GRADIENT, plan, plan.R, plan.X)
 
@@ -169,7 +169,7 @@ def gated_gradients(
         width = plan.R if plan.kind == ROWS.value else parts
         return None if given is None else torch.empty(B, T, H, width, dtype=torch.float32, device=y.device)
 
-    dr, dy = torch.empty_like(r, dtype=dtype) if want_dr else None, torch.empty_like(y, dtype=dtype)
+    dr, dy = torch.empty_like(r) if want_dr else None, torch.empty_like(y)
     gate_parts = slices + tile_slices(plan)[1]
     dgate, dwrite, dy_tiles = small(gate, gate_parts), small(write, slices), None
     if gate is not None:
@@ -186,11 +186,9 @@ def gated_gradients(
     return dr, dy, dgate, dwrite
 
 
-def plain_gradient(
-    r, p, y, x, write, decays: Decays, pairs, dstates, scale, plan: Plan, chunks: Chunks, chunk: int, dtype
-):
-    """dx in `dtype`."""
-    dx = torch.empty_like(x, dtype=dtype)
+def plain_gradient(r, p, y, x, write, decays: Decays, pairs, dstates, scale, plan: Plan, chunks: Chunks, chunk: int):
+    """dx."""
+    dx = torch.empty_like(x)
     width, slices, options = configs.fit(configs.PLAIN_GRADIENT, plan, plan.X, plan.R)
     launch(
         plain_gradient_kernel, (chunks.count * plan.heads, slices),

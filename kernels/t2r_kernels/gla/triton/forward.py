@@ -122,10 +122,10 @@ def _launch(
 
 
 def read_plain(
-    r, y, x, write, decays: Decays, pairs, states, scale, plan: Plan, chunks: Chunks, chunk: int, dtype
+    r, y, x, write, decays: Decays, pairs, states, scale, plan: Plan, chunks: Chunks, chunk: int
 ) -> torch.Tensor:
-    """[B, T, HQ, X] in `dtype`: scale * sum over i <= t of (r_t . D(i, t) w_i y_i) x_i, from `states` on."""
-    out = torch.empty(*r.shape[:3], plan.X, dtype=dtype, device=r.device)
+    """[B, T, HQ, X] in r's dtype: scale * sum over i <= t of (r_t . D(i, t) w_i y_i) x_i, from `states` on."""
+    out = torch.empty(*r.shape[:3], plan.X, dtype=r.dtype, device=r.device)
     width, slices, options = configs.fit(configs.PLAIN, plan, plan.X, plan.R)
     widths = (pad(plan.R), width)
     _launch(
@@ -134,11 +134,9 @@ def read_plain(
     return out
 
 
-def read_gated(
-    p, y, x, write, decays: Decays, states, scale, plan: Plan, chunks: Chunks, chunk: int, dtype
-) -> torch.Tensor:
-    """[B, T, HQ, R] in `dtype`: scale * sum over i <= t of (p_t . x_i) D(i, t) w_i y_i, from `states` on."""
-    out = torch.empty(*p.shape[:3], plan.R, dtype=dtype, device=p.device)
+def read_gated(p, y, x, write, decays: Decays, states, scale, plan: Plan, chunks: Chunks, chunk: int) -> torch.Tensor:
+    """[B, T, HQ, R] in p's dtype: scale * sum over i <= t of (p_t . x_i) D(i, t) w_i y_i, from `states` on."""
+    out = torch.empty(*p.shape[:3], plan.R, dtype=p.dtype, device=p.device)
     width, slices, options = configs.fit(configs.GATED, plan, plan.R, plan.X)
     widths = (width, pad(plan.X))
     _launch(

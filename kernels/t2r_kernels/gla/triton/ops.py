@@ -29,19 +29,17 @@ def run_forward(
     cu_seqlens: Tensor | None,
     gate: str | None,
     scale: float,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """o, in `dtype` or q's; writes `final` if given. All tensors are contiguous."""
-    dtype = dtype or q.dtype
+    """o in q's dtype; writes `final` if given. All tensors are contiguous."""
     plan, chunks = _plan(q, k, v, gate, cu_seqlens)
     decays = decays_of(log_decay, cu_seqlens, plan)
     swapped = gate == "value"
     y, x = (v, k) if swapped else (k, v)
     states, _ = states_of(y, x, write, log_decay, decays, initial, final, plan, chunks, configs.CHUNK, swapped)
     if swapped:
-        return read_gated(q, y, x, write, decays, states, scale, plan, chunks, configs.CHUNK, dtype)
+        return read_gated(q, y, x, write, decays, states, scale, plan, chunks, configs.CHUNK)
     pairs = pair_scores(q, y, write, decays, scale, cu_seqlens, plan, chunks)
-    return read_plain(q, y, x, write, decays, pairs, states, scale, plan, chunks, configs.CHUNK, dtype)
+    return read_plain(q, y, x, write, decays, pairs, states, scale, plan, chunks, configs.CHUNK)
 
 
 def run_backward(
@@ -56,11 +54,9 @@ def run_backward(
     cu_seqlens: Tensor | None,
     gate: str | None,
     scale: float,
-    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk, dv in `dtype` or q's, and in fp32 the gradients of log_decay, write and the initial state (None without
+    """dq, dk, dv in q's dtype, and in fp32 the gradients of log_decay, write and the initial state (None without
     them). All tensors are contiguous."""
-    dtype = dtype or q.dtype
     plan, chunks = _plan(q, k, v, gate, cu_seqlens)
     decays = decays_of(log_decay, cu_seqlens, plan)
     swapped = gate == "value"
@@ -70,12 +66,12 @@ def run_backward(
     states, gamma = states_of(y, x, write, log_decay, decays, initial, None, *place, swapped)
     dstates = gradients_of(r, p, decays, gamma, scale, dfinal, dinitial, *place, swapped)
     dr, dy, dgate, dwrite = gated_gradients(
-        r, p, y, x, write, log_decay, decays, states, dstates, scale, not swapped, cu_seqlens, *place, dtype
+        r, p, y, x, write, log_decay, decays, states, dstates, scale, not swapped, cu_seqlens, *place
     )  # fmt: skip
     pairs = pair_scores(r, y, write, decays, scale, cu_seqlens, plan, chunks)
-    dx = plain_gradient(r, p, y, x, write, decays, pairs, dstates, scale, *place, dtype)
+    dx = plain_gradient(r, p, y, x, write, decays, pairs, dstates, scale, *place)
     if swapped:
-        dq, dk, dv = read_plain(r, y, x, write, decays, pairs, states, scale, *place, dtype), dx, dy
+        dq, dk, dv = read_plain(r, y, x, write, decays, pairs, states, scale, *place), dx, dy
     else:
         dq, dk, dv = dr, dy, dx
     return dq, dk, dv, dgate, dwrite, dinitial
