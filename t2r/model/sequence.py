@@ -1,6 +1,6 @@
 """What a mixer must know of the sequences in a batch: each token's position, padding, document boundaries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ class SequenceInfo:
     position: Tensor
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    _visible: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def visible(self, slots: int) -> Tensor:
+        """[B, T] int32, how many of so many slots tokens have been written to, the token's own included. Kept, for the
+        other layers: in decoding every small kernel counts."""
+        if slots not in self._visible:
+            self._visible[slots] = (self.position + 1).clamp(max=slots).int()
+        return self._visible[slots]
 
     def to(self, device: Any, **kwargs: Any) -> "SequenceInfo":
         """The same on another device; accelerate calls it where a `device_map` splits the layers."""

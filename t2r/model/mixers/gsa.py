@@ -171,7 +171,7 @@ class GSAMixer(RecurrentMixer):
                 ring=self._ring(group),
                 mask=info.mask,
             )
-            found += [q, k, v, log_alpha, (info.position + 1).clamp(max=group.size).int()]
+            found += [q, k, v, log_alpha, info.visible(group.size)]
         return tuple(found)
 
     def scan(
