@@ -46,6 +46,10 @@ class Pieces:
         """[..., H * count, each, ...] -> [..., H, M, ...]."""
         return x.unflatten(dim - 1, (-1, self.count)).flatten(dim - 1, dim).narrow(dim, 0, self.slots).contiguous()
 
+    def empty(self, x: Tensor) -> Tensor:
+        """Room for what `join` makes into x."""
+        return torch.empty(x.shape[0], x.shape[1] * self.count, self.each, x.shape[3], dtype=x.dtype, device=x.device)
+
     def visible(self, visible: Tensor | None, k: Tensor) -> Tensor | None:
         """What hides the slots that there are not."""
         if visible is None and self.count * self.each > self.slots:
@@ -64,7 +68,8 @@ def forward(pieces: Pieces, run: Callable, q, k, v, log_alpha, visible, scale, i
     """As `ops.run_forward`, by run (`forward.forward` or `walk_forward`)."""
     if pieces.count == 1:
         return run(q, k, v, log_alpha, visible, scale, initial, final, cu_seqlens)
-    starts, ends = (x and [pieces.cut(state, -2) for state in x] for x in (initial, final))
+    starts = initial and [pieces.cut(state, -2) for state in initial]
+    ends = final and [pieces.empty(state) for state in final]
     o = run(q, k, v, pieces.cut(log_alpha, -1), pieces.visible(visible, k), scale, starts, ends, cu_seqlens)
     for state, end in zip(final or (), ends or (), strict=True):
         state.copy_(pieces.join(end, -2))
