@@ -30,7 +30,7 @@ from ...triton_chunks import (
     suffix_decay,
 )
 from .common import choose_blocks, load_log2_alpha, readable, write_weight
-from .forward import products, read_slots, softmax2, write_slots
+from .forward import piece_softmax2, products, read_slots, softmax2, write_slots
 from .gate import gate_kernel
 from .pieces import add, combine
 from .states import chunk_states, scan
@@ -67,12 +67,12 @@ def statistics_kernel(
         )  # fmt: skip
         s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
         seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
-        p, top, total = softmax2(s * scale_log2, seen)
+        p, sums = piece_softmax2(s * scale_log2, seen)
         ov, os = products(
             do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
         dp = read_slots(ov, os, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
-        tl.store(lse + at, top + tl.log2(total), mask=row_valid)
+        tl.store(lse + at, sums, mask=row_valid)
         tl.store(delta + at, tl.sum(p * dp, 1), mask=row_valid)
 
 
@@ -111,7 +111,7 @@ def query_kernel(
         s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
         seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
         if lse is None:
-            p, _, _ = softmax2(s * scale_log2, seen)
+            p = softmax2(s * scale_log2, seen)
         else:
             total = tl.load(lse + row, mask=row_valid, other=0.0)
             p = tl.exp2(tl.where(seen, s * scale_log2, float("-inf")) - total[:, None])

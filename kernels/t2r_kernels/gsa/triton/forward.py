@@ -56,13 +56,20 @@ def write_slots(
 
 @triton.jit
 def softmax2(s, seen):
-    """Softmax over the slots in `seen` of scores in log2 units, 0 where there are none; the maximum of the scores, and
-    the sum of their 2^(score - maximum), at least 1 or 0."""
+    """Softmax over the slots in `seen` of scores in log2 units."""
+    s = tl.where(seen, s, float("-inf"))
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def piece_softmax2(s, seen):
+    """The same over one of several pieces, 0 where nothing of it is seen, and log2 of the sum of 2^score."""
     s = tl.where(seen, s, float("-inf"))
     top = tl.maximum(tl.max(s, 1), LOWEST)
     p = tl.exp2(s - top[:, None])
     total = tl.sum(p, 1)
-    return p / tl.maximum(total, 1.0)[:, None], top, total
+    return p / tl.maximum(total, 1.0)[:, None], top + tl.log2(total)
 
 
 @triton.jit
@@ -115,9 +122,11 @@ def forward_kernel(
     )  # fmt: skip
     s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
     seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
-    p, top, total = softmax2(s * scale_log2, seen)
-    if lse is not None:
-        tl.store(lse + at, top + tl.log2(total), mask=row_valid)
+    if lse is None:
+        p = softmax2(s * scale_log2, seen)
+    else:
+        p, sums = piece_softmax2(s * scale_log2, seen)
+        tl.store(lse + at, sums, mask=row_valid)
     a = write_slots(p, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT).to(CT)
     pd = (p * prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)).to(CT)
     for d0 in range(0, V, BV):

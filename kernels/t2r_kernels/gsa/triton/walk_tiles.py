@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ...triton_chunks import STEP, chunk_range, load_rows, pairs_at, row_offsets
 from .common import load_log2_alpha, readable, write_weight
-from .forward import softmax2
+from .forward import piece_softmax2, softmax2
 from .walk import TILE, TINY, read_factors
 
 
@@ -82,11 +82,11 @@ def tile_statistics_kernel(
         q, k, state, wi, factor * scale_log2, causal, row, row_valid, token, valid, m, D, BD, M, D + V, TILE * BG, BM,
         CT,
     )  # fmt: skip
-    p, top, total = softmax2(s, readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M))
+    p, sums = piece_softmax2(s, readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M))
     dp, _, _ = tile_reads(
         do, v, state + D, wi, factor, causal, row, row_valid, token, valid, m, V, BV, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
-    tl.store(lse + at, top + tl.log2(total), mask=row_valid)
+    tl.store(lse + at, sums, mask=row_valid)
     tl.store(delta + at, tl.sum(p * dp, 1), mask=row_valid)
 
 
@@ -125,7 +125,7 @@ def tile_query_kernel(
     )  # fmt: skip
     seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
     if lse is None:
-        p, _, _ = softmax2(s, seen)
+        p = softmax2(s, seen)
     else:
         total = tl.load(lse + row, mask=row_valid, other=0.0)
         p = tl.exp2(tl.where(seen, s, float("-inf")) - total[:, None])
