@@ -19,6 +19,8 @@ PAGE = Path(__file__).parent / "mistral-7b.md"
 FOLDER = Path(__file__).parent / "mistral-7b"
 CURVES = "curves.json"
 DECODING = "decode.json"
+PLACING = "place.json"
+BY_HEAD = ("train-by-head.json", "decode-by-head.json")
 RECIPES = ("gsa-mistral-7b-lora", "gsa-mistral-7b", "gsa-mistral-7b-paper")
 GPUS = (1, 8, 64)
 PRICE = 3.5
@@ -28,7 +30,7 @@ Row = dict[str, Any]
 def measured() -> Iterator[Row]:
     """Every row of every file, with the run's own facts."""
     for path in sorted(FOLDER.glob("*.json")):
-        if path.name in (CURVES, DECODING):
+        if path.name in (CURVES, DECODING, PLACING, *BY_HEAD) or path in _slices():
             continue
         record = json.loads(path.read_text())
         for row in record["rows"]:
@@ -146,9 +148,14 @@ def efficiency(rows: list[Row]) -> float:
 
 
 def decoding() -> dict[tuple[str, int], list[Row]]:
+    """Teacher and student with 64 slots in every head, as `by_context` has them."""
+    return by_context(json.loads((FOLDER / DECODING).read_text())["rows"])
+
+
+def by_context(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
     """Rows of one model and context: batch 1, then the largest."""
     found: dict[tuple[str, int], list[Row]] = {}
-    for row in json.loads((FOLDER / DECODING).read_text())["rows"]:
+    for row in rows:
         if not row.get("launched"):
             found.setdefault((row["model"], row["context"]), []).append(row)
     return found
@@ -227,6 +234,62 @@ def _bytes(number: float) -> str:
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
 
 
+def placing() -> list[str]:
+    """What `docs/measure_placement.py` measured."""
+    record = json.loads((FOLDER / PLACING).read_text())
+    options = record["options"]
+    return [
+        f"Placing slots by head (`place` in a recipe, `--place` of `t2r convert`) took {record['seconds']:.1f} s for "
+        f"{options['windows']} windows of {options['window']:,} tokens, and {_bytes(record['peak_bytes'])} in all, "
+        f"{_bytes(record['weight_bytes'])} of them weights; reading the teacher from a disk comes on top."
+    ]
+
+
+def by_head(rows: list[Row]) -> list[str]:
+    """Heads with different numbers of slots beside the same number in each."""
+    wanted = {"stage": "finetune", "train": "full", "length": 2048}
+    placed, decoded = (json.loads((FOLDER / name).read_text()) for name in BY_HEAD)
+    students = {
+        "64 in every head": (pick(rows, processes=1, layers=None, fused=True, **wanted), decoding()),
+        placed["options"]["mixer"].partition("slots=")[2]: (
+            pick(placed["rows"], **wanted),
+            by_context(decoded["rows"]),
+        ),
+    }
+    lines = ["| slots | finetune, tokens/s | MFU | peak memory | one step | sequences | tokens/s | states |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for name, (row, steps) in students.items():
+        assert row is not None
+        one, *_, many = sorted(steps["student", 1024], key=lambda step: step["batch"])
+        lines.append(
+            f"| {name} | {row['tokens_per_second']:,.0f} | {100 * row['mfu']:.1f}% "
+            f"| {row['peak_bytes'] / 2**30:.1f} GiB | {1000 * one['step_seconds']:.2f} ms "
+            f"| {many['batch']:,} | {many['tokens_per_second']:,.0f} | {_bytes(many['state_bytes'])} |"
+        )
+    return lines
+
+
+def _slices() -> list[Path]:
+    """Runs of four layers by how many sizes the heads of a layer have."""
+    return sorted(FOLDER.glob("slots-*.json"))
+
+
+def sizes() -> list[str]:
+    """What each further size in a layer costs."""
+    lines = ["| 4 layers, 2,048 tokens: slots | sizes | finetune, tokens/s | |", "|---|---:|---:|---:|"]
+    fastest = 0.0
+    for path in _slices():
+        record = json.loads(path.read_text())
+        slots = record["options"]["mixer"].partition("slots=")[2]
+        rate = record["rows"][0]["tokens_per_second"]
+        fastest = max(fastest, rate)
+        lines.append(
+            f"| {slots if '[' in slots else f'{slots} in every head'} | {len(set(slots.strip('[]').split(',')))} "
+            f"| {rate:,.0f} | {rate / fastest:.2f} x |"
+        )
+    return lines
+
+
 def curves() -> list[str]:
     """Runs of docs/mistral-7b/fsdp.yaml, each beside the same stage and precision on one GPU."""
     lines = ["| precision | stage | run | validation loss | largest relative difference of a step's loss |"]
@@ -268,6 +331,9 @@ def tables(price: float) -> dict[str, list[str]]:
         "many-sequences": many_sequences(),
         "crossings": crossings(),
         "launched": launched(),
+        "placing": placing(),
+        "by-head": by_head(rows),
+        "sizes": sizes(),
     }
 
 
