@@ -43,6 +43,7 @@ def test_teacher_near_chance_leaves_recovered_blank(report: schema.Report) -> No
     found = compare.compare_values(flat, flat, **told, chance=0.2)
     assert found.recovered is None
     assert (found.wins, found.losses, found.ties) == (0, 0, 40)
+    assert compare.compare_values(flat, flat, **told, chance=0.15).recovered is None  # 1.4 standard errors away
     assert compare.compare_values(flat, flat, **told, chance=0.1).recovered == 1.0
     assert compare.compare_values(flat[:1], flat[:1], **told, chance=0.1).recovered is None  # one item has no error
 
@@ -72,5 +73,7 @@ def test_changed_documents_never_pair(report: schema.Report) -> None:
 def test_examples_are_what_the_teacher_had_right(report: schema.Report) -> None:
     examples = compare.worst_examples(report.results)
     assert [e.document for e in examples] == ["arc_easy/130", "arc_easy/131", "arc_easy/132"]
+    every = compare.worst_examples(report.results, per_task=200)
+    assert [e.document for e in every] == [f"arc_easy/{index}" for index in range(130, 150)]  # both wrong: from 180 on
     assert examples[0].baseline_response == "A"
     assert examples[0].model_response == "B"

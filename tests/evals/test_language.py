@@ -80,6 +80,8 @@ def test_far_repeats_on_a_crafted_sequence() -> None:
     tokens[[150, 151]] = [500, 501]
     tokens[[2, 3]] = [600, 7]  # far again, but the target id is small
     tokens[[160, 161]] = [600, 7]
+    tokens[[5, 6]] = [800, 300]  # and here it is the last of the small ones
+    tokens[[170, 171]] = [800, 300]
     tokens[[20, 21]] = [700, 701]  # exactly 128 positions apart is not far
     tokens[[148, 149]] = [700, 701]
     found = language.far_repeats(tokens[:-1], tokens[1:], gap=128, min_id=300)
@@ -95,6 +97,26 @@ def test_kl_to_itself_is_zero_and_to_another_is_not(model: Any, tokenizer: Any) 
     different = language.measure(model, tokenizer, [TEXT * 5], windows=2, window=64, batch_size=2, teacher=other)
     assert different.kl_to_teacher is not None
     assert different.kl_to_teacher > 0.1
+
+
+class Constant:
+    """The same distribution everywhere."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, probabilities: list[float]) -> None:
+        self.logits = torch.tensor(probabilities).log()
+
+    def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return type("Output", (), {"logits": self.logits.expand(*input_ids.shape, -1)})
+
+
+def test_kl_is_the_teachers_to_the_model(tokenizer: Any) -> None:
+    rest = [0.0] * (len(tokenizer) - 2)
+    model, teacher = Constant([0.25, 0.75, *rest]), Constant([0.5, 0.5, *rest])
+    model.logits, teacher.logits = (x.clamp(min=-50) for x in (model.logits, teacher.logits))
+    result = language.measure(model, tokenizer, [TEXT], windows=1, window=32, batch_size=1, teacher=teacher)
+    assert result.kl_to_teacher == pytest.approx(0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), rel=1e-5)
 
 
 def test_too_little_text_is_one_clear_line(model: Any, tokenizer: Any) -> None:

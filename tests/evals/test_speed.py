@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from t2r_evals import speed
 from t2r_evals.speed import crossover, measure_speed
 from t2r_evals.speed_step import measure_step
 
@@ -21,6 +22,22 @@ def test_cache_bytes_are_those_of_the_architecture(model: Any) -> None:
         assert point.first_token_seconds > 0
         assert point.decode_tokens_per_second > 0
         assert point.prefill_tokens_per_second == point.context / point.first_token_seconds
+
+
+def test_rates_are_of_the_fastest_after_a_warm_up_of_the_same_lengths(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def generate(model: Any, prompt: Any, tokens: int, options: Any) -> tuple[list[float], int]:
+        asked.append((len(prompt), tokens))
+        return [len(asked) + 0.5 * token for token in range(tokens)], 7
+
+    monkeypatch.setattr(speed, "_generate", generate)
+    (point,) = measure_speed(model, [16], decode_tokens=4, repeats=2)
+    assert asked == [(1, 5)] * 3
+    assert (point.first_token_seconds, point.prefill_tokens_per_second) == (2.0, 8.0)
+    assert (point.decode_tokens_per_second, point.state_bytes) == (2.0, 7)
 
 
 def test_larger_batches_are_measured_beside_batch_one(model: Any) -> None:

@@ -51,6 +51,26 @@ def test_an_oracle_is_right_and_a_wrong_one_is_not(tokenizer: Any) -> None:
         assert len(rows) == 2 * sum(r.documents for r in results.values())
 
 
+def test_an_answer_is_right_when_all_of_its_tokens_are(tokenizer: Any) -> None:
+    class Stumbling(Oracle):
+        """Wrong about every 8: some numbers hold one, most characters are none."""
+
+        def __call__(self, input_ids: torch.Tensor, logits_to_keep: int, **_: Any) -> Any:
+            output = super().__call__(input_ids, logits_to_keep)
+            missed = input_ids.roll(-1, dims=1)[:, -logits_to_keep:] == eight
+            output.logits[missed] = 0
+            output.logits[missed, 0] = 20.0
+            return output
+
+    (eight,) = tokenizer("8", add_special_tokens=False)["input_ids"]
+    oracle = Stumbling(len(tokenizer), wrong=False)
+    results, _, rows = run_synthetic(oracle, tokenizer, lengths=[150], items=4, batch_size=3)
+    assert results["copy"].metrics["acc"].value == 1.0
+    found = [row for row in rows if row["metric"] == "acc" and row["task"] != "copy"]
+    assert {row["value"] for row in found} == {0.0, 1.0}
+    assert all(row["value"] == ("8" not in row["target"]) for row in found)
+
+
 def test_batch_size_never_changes_a_result(model: Any, tokenizer: Any) -> None:
     losses = []
     for size in (1, 5):

@@ -168,6 +168,7 @@ def test_optimizer_groups_separate_rates_and_decay(make_recipe: MakeRecipe, mode
     names = {id(p): n for n, p in student.named_parameters()}
     found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(found) == len(names) == sum(len(g["params"]) for g in groups)
+    assert {g["name"]: g["eps"] for g in groups} == {"new": 1e-15, "mixer": 1e-8, "rest": 1e-8}
     assert found["model.layers.0.self_attn.q_proj.weight"] == (1e-3, 0.5)
     assert found["model.layers.0.self_attn.gate_proj.weight"] == (1e-2, 0.0)
     assert found["model.layers.0.self_attn.clock_amplitude"] == (1e-2, 0.0)

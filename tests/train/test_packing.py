@@ -107,6 +107,8 @@ def test_epochs_are_permuted_differently_and_the_seed_decides(tokenizer: Any) ->
     assert order(1) != first
     assert sorted(first[:20]) == sorted(first[20:])
     assert first[:20] != first[20:]
+    blocks = [sorted(first[:8]), sorted(first[8:16])]
+    assert [blocks[0].index(x) for x in first[:8]] != [blocks[1].index(x) for x in first[8:16]]
 
 
 def test_the_end_of_the_data_is_told_when_the_rows_reach_it(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
