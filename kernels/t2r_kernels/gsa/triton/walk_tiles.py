@@ -42,15 +42,15 @@ def tile_products(
 
 @triton.jit
 def tile_reads(
-    x, y, state, wi, factor, causal, row, row_valid, token, token_valid, m,
+    x, y, state, wi, causal, row, row_valid, token, token_valid, m,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """What x reads of each slot, [rows, BM]; and its two parts as `tile_products`, pairs (causal) and state."""
+    """What x reads of each slot, [rows, BM], but for the row's factor; and its two parts, pairs and state."""
     intra, inter = tile_products(x, y, state, row, row_valid, token, token_valid, m, WIDTH, BLOCK, M, STRIDE, R, BM, CT)
     intra = tl.where(causal, intra, 0.0).to(CT)
     inter = inter * TINY
-    return tl.dot(intra, wi, inter, input_precision="ieee") * factor, intra, inter
+    return tl.dot(intra, wi, inter, input_precision="ieee"), intra, inter
 
 
 @triton.jit
@@ -79,13 +79,14 @@ def tile_statistics_kernel(
     causal = i[None, :] <= t[:, None]
     state = tiles + ((start // TILE + n) * H + h) * (M * (D + V))
     s, _, _ = tile_reads(
-        q, k, state, wi, factor * scale_log2, causal, row, row_valid, token, valid, m, D, BD, M, D + V, TILE * BG, BM,
-        CT,
+        q, k, state, wi, causal, row, row_valid, token, valid, m, D, BD, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
+    s = s * (factor * scale_log2)
     p, sums = piece_softmax2(s, readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M))
     dp, _, _ = tile_reads(
-        do, v, state + D, wi, factor, causal, row, row_valid, token, valid, m, V, BV, M, D + V, TILE * BG, BM, CT
+        do, v, state + D, wi, causal, row, row_valid, token, valid, m, V, BV, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
+    dp = dp * factor
     tl.store(lse + at, sums, mask=row_valid)
     tl.store(delta + at, tl.sum(p * dp, 1), mask=row_valid)
 
@@ -120,9 +121,9 @@ def tile_query_kernel(
     state = tiles + ((start // TILE + n) * H + h) * (M * (D + V))
 
     s, qk, qs = tile_reads(
-        q, k, state, wi, factor * scale_log2, causal, row, row_valid, token, valid, m, D, BD, M, D + V, TILE * BG, BM,
-        CT,
+        q, k, state, wi, causal, row, row_valid, token, valid, m, D, BD, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
+    s = s * (factor * scale_log2)
     seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
     if lse is None:
         p = softmax2(s, seen)
@@ -130,8 +131,9 @@ def tile_query_kernel(
         total = tl.load(lse + row, mask=row_valid, other=0.0)
         p = tl.exp2(tl.where(seen, s, float("-inf")) - total[:, None])
     dp, ov, os = tile_reads(
-        do, v, state + D, wi, factor, causal, row, row_valid, token, valid, m, V, BV, M, D + V, TILE * BG, BM, CT
+        do, v, state + D, wi, causal, row, row_valid, token, valid, m, V, BV, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
+    dp = dp * factor
     if lse is None:
         mean = tl.sum(p * dp, 1)
     else:
