@@ -134,11 +134,12 @@ def tile_query_kernel(
         do, v, state + D, wi, causal, row, row_valid, token, valid, m, V, BV, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
     dp = dp * factor
+    ds = scale * factor * p
     if lse is None:
         mean = tl.sum(p * dp, 1)
     else:
         mean = tl.load(delta + row, mask=row_valid, other=0.0)
-    ds = (scale * factor * p) * (dp - mean[:, None])
+    ds = ds * (dp - mean[:, None])
     pf = p * factor
     pb = pf.to(CT)
     db = ds.to(CT)
