@@ -45,7 +45,9 @@ def test_idle_path_is_flagged_and_a_working_one_is_not(model: Any, tokenizer: An
     assert abs(result.components[1].difference) > 1e-3
     # An untrained model's attention helps no more often than not, so a path that helps is written down here.
     worked = result.components[1].model_copy(update={"difference": 0.5, "low": 0.4, "high": 0.6})
-    shown = result.model_copy(update={"components": [result.components[0], worked]})
+    noisy = worked.model_copy(update={"component": "the noisy layers", "low": -0.1})
+    shown = result.model_copy(update={"components": [result.components[0], worked, noisy]})
     text = render_markdown(Report(title="t", created="now", results=[shown], comparisons=[], worst=[]))
     assert "Warning: without the idle layers" in text
+    assert "Warning: without the noisy layers" in text
     assert "Warning: without the other layers" not in text

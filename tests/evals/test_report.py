@@ -254,3 +254,37 @@ def test_page_in_a_real_browser(folder: Path, tmp_path: Path, width: int) -> Non
     assert seen["pictures"] >= 6
     assert seen["named"]
     assert seen["outside"] == []
+
+
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        ((9, 30, 30), "It decodes faster than the teacher from 512 tokens of context on; 3.0 x at 1,024."),
+        ((30, 9, 30), "It decodes faster than the teacher from 1,024 tokens of context on; 3.0 x at 1,024."),
+        ((30, 30, 9), "It decodes slower than the teacher up to 1,024 tokens of context (0.90 x)."),
+    ],
+)
+def test_the_student_is_ahead_from_where_it_stays_ahead(
+    report: schema.Report, rates: tuple[float, ...], says: str
+) -> None:
+    def points(decode: tuple[float, ...]) -> list[schema.SpeedPoint]:
+        return [
+            schema.SpeedPoint(
+                context=context,
+                batch=1,
+                prefill_tokens_per_second=1.0,
+                decode_tokens_per_second=rate,
+                first_token_seconds=1.0,
+                peak_bytes=None,
+                state_bytes=1,
+            )
+            for context, rate in zip((256, 512, 1024), decode, strict=True)
+        ]
+
+    teacher, student, *rest = report.results
+    results = [
+        teacher.model_copy(update={"speed": points((10, 10, 10))}),
+        student.model_copy(update={"speed": points(rates)}),
+        *rest,
+    ]
+    assert says in verdict(report.model_copy(update={"results": results}))
