@@ -113,10 +113,11 @@ class Constant:
 
 def test_kl_is_the_teachers_to_the_model(tokenizer: Any) -> None:
     rest = [0.0] * (len(tokenizer) - 2)
-    model, teacher = Constant([0.25, 0.75, *rest]), Constant([0.5, 0.5, *rest])
+    model, teacher = Constant([0.25, 0.75, *rest]), Constant([0.6, 0.4, *rest])
     model.logits, teacher.logits = (x.clamp(min=-50) for x in (model.logits, teacher.logits))
     result = language.measure(model, tokenizer, [TEXT], windows=1, window=32, batch_size=1, teacher=teacher)
-    assert result.kl_to_teacher == pytest.approx(0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), rel=1e-5)
+    assert result.kl_to_teacher == pytest.approx(0.6 * math.log(0.6 / 0.25) + 0.4 * math.log(0.4 / 0.75), rel=1e-5)
+    assert result.top1_agreement == 0
 
 
 def test_too_little_text_is_one_clear_line(model: Any, tokenizer: Any) -> None:
