@@ -42,7 +42,7 @@ def command(
     from t2r.resources import resolve
 
     try:
-        text = click.get_binary_stream("stdin").read().decode() if prompt == "-" else prompt
+        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
     except UnicodeDecodeError as error:
         raise InputError(
             f"--prompt -: standard input is not UTF-8 text ({error.reason} at byte {error.start})"
