@@ -1,8 +1,9 @@
 """Times gsa against its peers on one GPU: `python kernels/benchmarks/gsa.py --output DIR` or `t2r bench kernels`.
 
-Prints a table, writes `gsa.json` and `gsa.svg`. A kernel whose result does not agree with the float64 definition in the
-same run gets no time. Peers are PyTorch's scaled_dot_product_attention on the same heads and, where it is installed,
-flash-linear-attention's chunk_gsa on the same inputs.
+Prints a table, writes `gsa.json` and `gsa.svg`; with `--slots 64,128,256` it only prints gsa's times by the number of
+slots. A kernel whose result does not agree with the float64 definition in the same run gets no time. Peers are
+PyTorch's scaled_dot_product_attention on the same heads and, where it is installed, flash-linear-attention's chunk_gsa
+on the same inputs.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ def backward_bytes(tokens: int) -> int:
     return tokens * (2 * (3 * HQ * D + 4 * H * D) + 8 * H * M)
 
 
-def inputs(batch: int, length: int):
+def inputs(batch: int, length: int, slots: int = M):
     """q, k, v, log_alpha (drawn as logsigmoid(randn) / 8) and an upstream gradient, in layout [B, T, H, D]."""
     q, k, v, grad = (
         torch.randn(batch, length, heads, D, device="cuda", dtype=torch.bfloat16) for heads in (HQ, H, H, HQ)
     )
-    log_alpha = F.logsigmoid(torch.randn(batch, length, H, M, device="cuda")) / 8
+    log_alpha = F.logsigmoid(torch.randn(batch, length, H, slots, device="cuda")) / 8
     for x in (q, k, v, log_alpha):
         x.requires_grad_(True)
     return (q, k, v, log_alpha), grad
@@ -78,9 +79,9 @@ def gsa64(q, k, v, log_alpha):
     return gsa(q, k, v, log_alpha, backend="naive")[0]
 
 
-def worst_error(fn: Callable, reference: Callable) -> float:
+def worst_error(fn: Callable, reference: Callable, slots: int = M) -> float:
     """Largest relative error of output and gradients on 333 tokens, in norm and by rows (against row + mean)."""
-    args, grad = inputs(1, 333)
+    args, grad = inputs(1, 333, slots)
     exact = [x.detach().double().requires_grad_() for x in args]
     want = reference(*exact)
     used = [
@@ -103,9 +104,9 @@ def median_ms(fn: Callable[[], object]) -> float:
     return do_bench(fn, warmup=50, rep=200, return_mode="median")
 
 
-def measure(fn: Callable, batch: int, length: int) -> dict:
+def measure(fn: Callable, batch: int, length: int, slots: int = M) -> dict:
     """Forward and forward+backward ms; MiB held and at the peak after the forward beyond its inputs."""
-    args, grad = inputs(batch, length)
+    args, grad = inputs(batch, length, slots)
     with torch.no_grad():
         forward = median_ms(lambda: fn(*args))
     both = median_ms(lambda: torch.autograd.grad(fn(*args), args, grad, allow_unused=True))
@@ -121,6 +122,19 @@ def measure(fn: Callable, batch: int, length: int) -> dict:
         "held_MiB": round(held / 2**20, 1),
         "peak_MiB": round(peak / 2**20, 1),
     }
+
+
+def by_slots(slots: tuple[int, ...]) -> str:
+    """Times of gsa at 8 x 2,048 tokens with so many slots in every head, as Markdown."""
+    lines = ["| slots | forward, ms | forward + backward, ms |", "|---|---|---|"]
+    for number in slots:
+        error = worst_error(ours, gsa64, number)
+        if not error < TOLERANCE:
+            lines.append(f"| {number:,} | check failed (error {error:.1e}, allowed {TOLERANCE}) | |")
+            continue
+        times = measure(ours, 8, 2048, number)
+        lines.append(f"| {number:,} | {times['forward_ms']:.3f} | {times['forward_backward_ms']:.3f} |")
+    return "\n".join(lines)
 
 
 def copy_bandwidth() -> float:
@@ -300,4 +314,9 @@ def plot(record: dict, path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/bench-kernels"))
-    run(parser.parse_args().output)
+    parser.add_argument("--slots", type=lambda text: tuple(map(int, text.split(","))), help="print times by slots")
+    options = parser.parse_args()
+    if options.slots:
+        print(by_slots(options.slots))
+    else:
+        run(options.output)
