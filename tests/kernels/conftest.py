@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from . import memcheck
+
 HERE = Path(__file__).parent
 
 
@@ -16,6 +18,11 @@ def seed() -> int:
     drawn = int(os.environ.get("T2R_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"T2R_TEST_SEED={drawn}")
     return drawn
+
+
+@pytest.fixture(autouse=os.environ.get("TRITON_INTERPRET") == "1")
+def no_access_outside_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    memcheck.install(monkeypatch)
 
 
 def pytest_collection_modifyitems(items):
