@@ -11,7 +11,7 @@ from t2r.recipe import load_recipe
 @pytest.mark.parametrize(
     ("options", "mixer"),
     [
-        (["--layers", "all except 2,4"], "{name: gsa, layers: 'all except 2,4'}"),
+        (["--place", "none", "--layers", "all except 2,4"], "{name: gsa, layers: 'all except 2,4'}"),
         (["--mixer", "gla", "--set", "gate=pooled", "--layers", "3"], "{name: gla, gate: pooled, layers: 3}"),
         (
             ["--mixer", "softmax", "--set", "window=12", "--set", "sinks=2", "--layers", "0-1,5"],
