@@ -14,11 +14,11 @@ from torch import Tensor
 from t2r.convert.card import write_card
 from t2r.convert.plan import Plan, TensorPlan, build_index, make_plan, new_tensor_names
 from t2r.convert.progress import Progress
-from t2r.convert.source import INDEX
 from t2r.convert.stream import NewTensors, read_blocks, write_shard
 from t2r.convert.verify import verify_shard
 from t2r.errors import InputError
 from t2r.hub import is_hub_id
+from t2r.model.loading import INDEX
 from t2r.model.mixers import MixerOptions, layer_generator
 from t2r.publish import MANIFEST, PENDING_CONFIG, publish
 from t2r.versions import versions

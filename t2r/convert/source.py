@@ -13,8 +13,8 @@ from huggingface_hub import get_safetensors_metadata
 from t2r.convert.headers import StoredTensor, parse_json, read_header
 from t2r.errors import InputError
 from t2r.hub import download, is_hub_id, told_in_one_line
+from t2r.model.loading import INDEX, check_file_name
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Copied byte for byte: what turns text into ids and back, how to sample, and the terms of use.
 TOKENIZER_FILES = (
@@ -130,8 +130,7 @@ def member(folder: Path, name: str) -> Path:
     links are fine.
     """
     path = folder / name
-    if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
-        raise InputError(f"{folder}: {name!r} leaves the folder; files are named without directories")
+    check_file_name(folder, name)
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         allowed.append(folder.resolve().parent.parent / "blobs")

@@ -1,6 +1,7 @@
 """Load a teacher or a student and its tokenizer by path or Hub id."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from t2r.errors import InputError
 from t2r.hub import download, is_hub_id
 
+INDEX = "model.safetensors.index.json"
 # Weights, configuration and whatever kind of tokenizer.
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.model.v3", "*.jinja")
 
@@ -76,16 +78,24 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def _check_index(folder: Path) -> None:
     """transformers would follow an index out of the folder."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         return
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        outside = [name for name in names if Path(name).name != name]
+        names = sorted(map(os.fspath, json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(f"{index}: no index of a checkpoint") from error
-    if outside:
-        raise InputError(f"{index}: {outside[0]!r} leaves the folder")
+    for name in names:
+        check_file_name(folder, name)
+
+
+def check_file_name(folder: Path, name: str) -> None:
+    """
+    Raises:
+        InputError: `name`, as an index or a caller gives it, is no plain file name in `folder`.
+    """
+    if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+        raise InputError(f"{folder}: {name!r} leaves the folder; files are named without directories")
 
 
 @contextmanager
