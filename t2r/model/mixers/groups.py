@@ -49,11 +49,7 @@ def split_heads(x: Tensor, groups: Sequence[HeadGroup]) -> list[Tensor]:
     """x [..., H * G, D] of all key/value heads (G query heads of each, or 1), group by group."""
     if len(groups) == 1:
         return [x]
-    heads = sum(len(group.heads) for group in groups)
-    parts = x.chunk(heads, dim=-2)
-    if x.shape[:-2].numel() == 1:  # a decoded token: of one gather all groups are contiguous parts
-        gathered = torch.cat([parts[head] for group in groups for head in group.heads], dim=-2)
-        return list(gathered.split([len(group.heads) * x.shape[-2] // heads for group in groups], dim=-2))
+    parts = x.chunk(sum(len(group.heads) for group in groups), dim=-2)
     return [torch.cat([parts[head] for head in group.heads], dim=-2) for group in groups]
 
 
