@@ -53,7 +53,6 @@ def placed(recipe: "Recipe") -> "Recipe":
             seed=recipe.seed,
         )
         kept = {"asked": asked, "mixer": grouped(entries)}
-        folder.path.mkdir(parents=True, exist_ok=True)
         write_whole(folder.placement, json.dumps(kept, indent=1) + "\n")
     mixers = [parse_options(mixer) for mixer in kept["mixer"]]
     return recipe.model_copy(update={"mixer": mixers, "place": Place()})
