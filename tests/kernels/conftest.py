@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ def seed() -> int:
 @pytest.fixture(autouse=os.environ.get("TRITON_INTERPRET") == "1")
 def no_access_outside_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     memcheck.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def no_pass_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are recorded anew in each test: one may have changed what they launch."""
+    passes = sys.modules.get("t2r_kernels.triton_passes")
+    if passes is not None:
+        monkeypatch.setattr(passes, "_programs", {})
 
 
 def pytest_collection_modifyitems(items):

@@ -137,6 +137,31 @@ def test_every_element_is_written_in_bf16(documents, monkeypatch, seed):
     check(gsa_inputs("mild", seed, tokens=127, documents=documents, dtype=torch.bfloat16, **sizes), seed, documents)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_repeated_pass_reads_nothing_unwritten(dtype, monkeypatch, seed):
+    inputs = cuda(gsa_inputs("mild", seed, tokens=333, dim_k=64, dim_v=64, slots=32, dtype=dtype))
+    want = run(gsa_call(gsa, None, backend="triton"), inputs, seed)
+    plain = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = plain(*args, **kwargs)
+        x.view(torch.uint8).fill_(255)  # NaN in every type
+        return x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    got = run(gsa_call(gsa, None, backend="triton"), inputs, seed)
+    assert all(torch.equal(got[name], x) for name, x in want.items())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_where_their_tensors_are(seed):
+    inputs = cuda(gsa_inputs("mild", seed, tokens=40, dtype=torch.bfloat16))
+    want = run(gsa_call(gsa, None, backend="triton"), inputs, seed)
+    there = {name: x.to("cuda:1") for name, x in inputs.items()}
+    got = run(gsa_call(gsa, None, backend="triton"), there, seed)
+    assert all(torch.equal(got[name], x.to("cuda:1")) for name, x in want.items())
+
+
 @pytest.mark.parametrize(
     ("group", "width", "slots"),
     [(4, 128, 64), (1, 80, 33), (2, 64, 128), (3, 128, 7), (8, 256, 256), (7, 96, 16), (4, 256, 64), (20, 128, 48)],

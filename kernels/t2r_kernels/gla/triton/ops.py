@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ...triton_chunks import Chunks, find_chunks
+from ...triton_passes import repeated
 from . import configs
 from .backward import gated_gradients, plain_gradient
 from .common import Plan, plan_for
@@ -18,6 +19,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, gate: str | None, cu_seqlens: Tensor 
     return plan, find_chunks(q.shape[0], q.shape[1], configs.CHUNK, cu_seqlens)
 
 
+@repeated
 def run_forward(
     q: Tensor,
     k: Tensor,
@@ -42,6 +44,7 @@ def run_forward(
     return read_plain(q, y, x, write, decays, pairs, states, scale, plan, chunks, configs.CHUNK)
 
 
+@repeated
 def run_backward(
     do: Tensor,
     dfinal: Tensor | None,

@@ -29,6 +29,7 @@ from ...triton_chunks import (
     split,
     suffix_decay,
 )
+from ...triton_launch import launch
 from .common import choose_blocks, load_log2_alpha, readable, write_weight
 from .forward import piece_softmax2, products, read_slots, softmax2, write_slots
 from .gate import gate_kernel
@@ -229,7 +230,7 @@ def backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_
         "PACKED": chunks.bounds is not None, "CT": numerics.operand, "SPLIT": numerics.split,
         "PREC": numerics.precision, "EXACT": numerics.exact,
     }  # fmt: skip
-    grid, place = (chunks.count * H,), (chunks.bounds, T, chunks.per_sequence, H, HQ, group, P)
+    grid, place = (chunks.count * H, 1, 1), (chunks.bounds, T, chunks.per_sequence, H, HQ, group, P)
 
     states, gamma = chunk_states(k, v, log_alpha, initial, None, chunks, blocks, numerics)
     # Several tiles of one group add up their contributions in memory, which bf16 would round each time.
@@ -240,12 +241,14 @@ def backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_
     lse = delta = None
     if P > 1:
         lse, delta = (empty(B, T, HQ * P, 1, dtype=torch.float32) for _ in range(2))
-        statistics_kernel[grid](
+        launch(
+            statistics_kernel, grid,
             q, k, v, log_alpha, visible, do, states, lse, delta, *place, scale * LOG2E, *sizes, **options,
             LIMITED=visible is not None, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         delta, lse = combine(delta, lse, group, P)
-    query_kernel[grid](
+    launch(
+        query_kernel, grid,
         q, k, v, log_alpha, visible, do, states, lse, delta, dq, p, ds, da, a, dstates, *place, scale, scale * LOG2E,
         *sizes, **options, LIMITED=visible is not None, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
@@ -253,11 +256,13 @@ def backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_
     if initial is not None:
         dinitial = tuple(torch.empty_like(s, dtype=torch.float32) for s in initial)
     scan(dstates, gamma, dfinal, dinitial, chunks, D, V, reverse=True)
-    key_kernel[grid](
-        q, do, log_alpha, da, a, dstates, dk, dv, *place, *sizes, **options, num_warps=4, num_stages=blocks.stages
-    )
+    launch(
+        key_kernel, grid,
+        q, do, log_alpha, da, a, dstates, dk, dv, *place, *sizes, **options, num_warps=4, num_stages=blocks.stages,
+    )  # fmt: skip
     dlog_alpha = empty(*log_alpha.shape, dtype=torch.float32)
-    gate_kernel[grid](
+    launch(
+        gate_kernel, grid,
         q, k, v, log_alpha, do, p, ds, states, dstates, gamma, dlog_alpha, *place, *sizes, **options,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip

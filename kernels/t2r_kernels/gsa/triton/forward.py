@@ -17,6 +17,7 @@ from ...triton_chunks import (
     split,
     suffix_decay,
 )
+from ...triton_launch import launch
 from .common import choose_blocks, load_log2_alpha, readable, write_weight
 from .pieces import LOWEST, combine
 from .states import chunk_states
@@ -151,7 +152,8 @@ def forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_seqlen
     states, _ = chunk_states(k, v, log_alpha, initial, final, chunks, blocks, numerics)
     o = torch.empty(B, T, HQ * P, V, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, T, HQ * P, dtype=torch.float32, device=q.device) if P > 1 else None
-    forward_kernel[(chunks.count * H, blocks.group_tiles)](
+    launch(
+        forward_kernel, (chunks.count * H, blocks.group_tiles, 1),
         q, k, v, log_alpha, visible, states, o, lse, chunks.bounds, T, chunks.per_sequence, H, HQ, group, P,
         scale * LOG2E, D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.group, blocks.slots, blocks.key,
         blocks.value,

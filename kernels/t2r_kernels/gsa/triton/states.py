@@ -133,7 +133,8 @@ def chunk_states(k, v, log_alpha, initial, final, chunks: Chunks, blocks: Blocks
     D, V = k.shape[-1], v.shape[-1]
     states = torch.empty(chunks.count, H, M, D + V, dtype=numerics.store, device=k.device)
     gamma = torch.empty(chunks.count, H, M, dtype=torch.float32, device=k.device)
-    local_state_kernel[(chunks.count * H,)](
+    launch(
+        local_state_kernel, (chunks.count * H, 1, 1),
         k, v, log_alpha, states, gamma, chunks.bounds, T, chunks.per_sequence, H, H // k.shape[2],
         D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.slots, blocks.key, blocks.value,
         PACKED=chunks.bounds is not None, CT=numerics.operand, SPLIT=numerics.split, PREC=numerics.precision,
