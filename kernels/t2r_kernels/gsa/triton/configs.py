@@ -7,6 +7,7 @@ KEY = {"num_warps": 8, "num_stages": 2}
 STATES = {"num_warps": 4, "num_stages": 3}
 STATE_COLUMNS = 128
 FORWARD_PROGRAMS = 2  # per multiprocessor: as many as fit at a time
+KEY_PROGRAMS = 1
 STATE_PROGRAMS = 3
 
 

@@ -60,7 +60,7 @@ def softmax2(s, seen):
     """Softmax over the slots in `seen` of scores in log2 units."""
     s = tl.where(seen, s, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None]
+    return p * (1.0 / tl.sum(p, 1))[:, None]
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def piece_softmax2(s, seen):
     top = tl.maximum(tl.max(s, 1), LOWEST)
     p = tl.exp2(s - top[:, None])
     total = tl.sum(p, 1)
-    return p / tl.maximum(total, 1.0)[:, None], top + tl.log2(total)
+    return p * (1.0 / tl.maximum(total, 1.0))[:, None], top + tl.log2(total)
 
 
 @triton.jit

@@ -38,6 +38,7 @@ from .states import scan
 
 TILE = tl.constexpr(16)
 TINY = tl.constexpr(2.0**-104)
+TINY_BITS = tl.constexpr(23 << 7)  # TINY in bf16, of which Triton makes 0 where it is written as a number
 
 
 @functools.cache
@@ -64,6 +65,16 @@ def segment_length(tokens: int, programs: int, device: torch.device, each: int) 
     """
     segments = max(1, each * processors(device) // programs)
     return max(64, ceil_div(ceil_div(tokens, segments), 16) * 16)
+
+
+@triton.jit
+def times_tiny(x, CT: tl.constexpr):
+    """x of type CT times 2^-SHIFT, which rounds nothing."""
+    if tl.bfloat16 == CT:
+        tiny = tl.full([1, 1], TINY_BITS, tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        tiny = TINY
+    return x * tiny
 
 
 @triton.jit
@@ -188,7 +199,7 @@ def walk_states_kernel(
 class Walk:
     """Both states of one problem, walked along all sequences: forward for writes, in reverse for gradients."""
 
-    def __init__(self, log_alpha, pieces: int, D: int, V: int, cu_seqlens, operand, reads: bool):
+    def __init__(self, log_alpha, pieces: int, D: int, V: int, cu_seqlens, operand, parts: int):
         B, T, H, M = log_alpha.shape
         self.pieces = pieces
         self.D, self.V, self.M, self.H, self.T, self.B = D, V, M, H, T, B
@@ -197,7 +208,6 @@ class Walk:
         self.tiles = find_chunks(B, T, 16, cu_seqlens)
         self.tile_count = B * T // 16 + self.tiles.sequences
         self.gamma = torch.empty(self.tile_count, H, M, dtype=torch.float32, device=self.device)
-        parts = 4 if reads else 1
         self.operands = torch.empty(B, T, H, parts, M, dtype=self.store, device=self.device)
         launch(
             gates_kernel, (self.tiles.count * H, 1, 1),
@@ -241,19 +251,20 @@ class Walk:
         scan(states, total, incoming, outgoing, segments, self.D, self.V, reverse=reverse)
         return states
 
-    def starts(self, pairs, incoming, outgoing, *, group: int = 1, reverse: bool = False):
-        """(states that segments meet or None, segments, their length) for one program per (segment, head, slice)."""
-        programs = self.H * self.slices()[1] * (1 if self.cu_seqlens is not None else self.B)
+    def starts(self, pairs, incoming, outgoing, slices: int, each: int, *, group: int = 1, reverse: bool = False):
+        """(states that segments meet or None, segments, their length) for a walk by one program per (segment, head,
+        slice), of which `each` fit a multiprocessor."""
+        programs = self.H * slices * (1 if self.cu_seqlens is not None else self.B)
         # Without segments one pass does; they pay where the device would stand half empty.
         filled = 2 * programs >= processors(self.device) and self.cu_seqlens is None
-        length = self.T if filled else segment_length(self.T, programs, self.device, configs.STATE_PROGRAMS)
+        length = self.T if filled else segment_length(self.T, programs, self.device, each)
         segments = self.segments(length)
         states = self.segment_states(pairs, incoming, outgoing, segments, length, group=group, reverse=reverse)
         return states, segments, length
 
     def tile_states(self, pairs, incoming):
         """[tiles, H, M, D + V] in the operand's type: the state at each tile's start."""
-        states, segments, length = self.starts(pairs, incoming, None)
+        states, segments, length = self.starts(pairs, incoming, None, self.slices()[1], configs.STATE_PROGRAMS)
         tiles = torch.empty(self.tile_count, self.H, self.M, self.D + self.V, dtype=self.store, device=self.device)
         self._launch(pairs, states, None, tiles, segments, length, 1, False, states is None)
         return tiles

@@ -14,85 +14,88 @@ from ...triton_launch import launch
 from . import configs, pieces
 from .common import load_log2_alpha, write_weight
 from .walk import TILE, Walk, rest_of_tile
+from .walk_forward import load_operand, load_state
 from .walk_tiles import mm, tile_query_kernel, tile_statistics_kernel
 
 
 @triton.jit
-def walk_key_columns(
-    x, y, z, pair, write, gamma, tiles, states, out, reads, across, start, stop, n, c, h, H, HQ, G, P,
-    WIDTH: tl.constexpr, E: tl.constexpr, SIDE: tl.constexpr, M: tl.constexpr, BG: tl.constexpr,
-    BM: tl.constexpr, BLOCK: tl.constexpr, EMPTY: tl.constexpr, CT: tl.constexpr,
-):  # fmt: skip
-    """One side (K: SIDE 0, or V) of `walk_key_kernel`, over one segment from its end."""
-    i = tl.arange(0, TILE)
-    m = tl.arange(0, BM)
-    d = tl.arange(0, BLOCK)
+def load_tile(tiles, tile, m, d, SIDE: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, M: tl.constexpr):
+    """K's columns (SIDE 0) or V's of the state at a tile's start."""
     inside = (m < M)[:, None] & (d < WIDTH)[None, :]
-    part = m[:, None] * E + SIDE + d[None, :]
-    if EMPTY:
-        grad = tl.zeros([BM, BLOCK], tl.float32)
-    else:
-        grad = tl.load(states + (c.to(tl.int64) * H + h) * (M * E) + part, mask=inside, other=0.0)
-    count = ((stop - start + TILE - 1) // TILE).to(tl.int32)
-    first = (start // TILE + n) * H + h
-    # No product consumes the state as it is, so Triton does not load it ahead: here that is done by hand.
-    ahead = tl.load(tiles + (first + (count - 1) * H) * (M * E) + part, mask=inside, other=0.0)
-    for step in range(count):
-        j = count - 1 - step
-        tile = first + j * H
-        state = ahead
-        ahead = tl.load(tiles + tl.maximum(tile - H, first) * (M * E) + part, mask=inside, other=0.0)
-        begin = start + j * TILE
-        cell = (begin + i) * H + h
-        valid = (begin + i) < stop
-        _, row, row_valid = row_offsets(begin, stop, h // P, 0, HQ, G, TILE, BG)
-        _, at, _ = row_offsets(begin, stop, h, 0, HQ * P, G, TILE, BG)
-        yb = load_rows(y, row, row_valid, WIDTH, d, CT)
-        xb = load_rows(x, at, row_valid, M, m, CT)
-        zb = load_rows(z, (begin + i) * (H // P) + h // P, valid, WIDTH, d, CT)
-        we = load_rows(write, cell, valid, M, m, CT)
-        ab = load_rows(pair, at, row_valid, TILE, i, CT)
-        decay = tl.load(gamma + tile * M + m, mask=m < M, other=1.0)
-        gb = grad.to(CT)
-        tl.store(across + tile * M + m, tl.sum(grad * state.to(tl.float32), 1), mask=m < M)
-        read = tl.dot(zb, tl.trans(gb), input_precision="ieee")
-        tl.store(reads + cell[:, None] * M + m[None, :], read, mask=valid[:, None] & (m < M)[None, :])
-        o = tl.dot(we, gb, input_precision="ieee")
-        o = tl.dot(tl.trans(ab), yb, o, input_precision="ieee")
-        tl.store(out + cell[:, None] * WIDTH + d[None, :], o, mask=valid[:, None] & (d < WIDTH)[None, :])
-        grad = tl.dot(tl.trans(xb), yb, grad * decay[:, None], input_precision="ieee")
+    return tl.load(tiles + tile * (M * E) + SIDE + m[:, None] * E + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def walk_key_kernel(
-    q, k, v, do, p, ds, a, da, write, gamma, tiles, states, dk, dv, reads_k, reads_v, across_k, across_v, bounds, T, NS,
-    S, H, HQ, G, P,
+    q, k, v, do, p, ds, a, da, operands, gamma, tiles, states, dk, dv, reads, across, bounds, T, NS, S, H, HQ, G, P,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
-    BLOCK: tl.constexpr, PACKED: tl.constexpr, EMPTY: tl.constexpr, CT: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, EMPTY: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """The reverse walk of one (segment, piece): program (., 0) carries the gradient of K and leaves dk, program (., 1)
-    that of V and leaves dv. For dlog_alpha they leave, each for its side, the products `reads` [B, T, H, M] of k or v
-    with the gradient at the tile's end, and `across` [tiles, H, M] of the state at its start with that gradient."""
+    """The reverse walk of one (segment, piece) with the gradients of both states in registers: leaves dk and dv of each
+    tile as it passes. For dlog_alpha it leaves the products `reads` [B, T, H, M] of k and v with the gradients at the
+    tile's end, and `across` [tiles, H, M] of the states at its start with those gradients."""
     c = tl.program_id(0) // H
     h = tl.program_id(0) - c * H
     start, stop, n = chunk_range(bounds, c, T, NS, S, PACKED)
     if stop <= start:
         return
-    if tl.program_id(1) == 0:
-        walk_key_columns(
-            ds, q, k, da, write, gamma, tiles, states, dk, reads_k, across_k, start, stop, n, c, h, H, HQ, G, P, D,
-            D + V, 0, M, BG, BM, BLOCK, EMPTY, CT,
-        )  # fmt: skip
+    i = tl.arange(0, TILE)
+    m = tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
+    if EMPTY:
+        grad_k = tl.zeros([BM, BD], tl.float32)
+        grad_v = tl.zeros([BM, BV], tl.float32)
     else:
-        walk_key_columns(
-            p, do, v, a, write, gamma, tiles, states, dv, reads_v, across_v, start, stop, n, c, h, H, HQ, G, P, V,
-            D + V, D, M, BG, BM, BLOCK, EMPTY, CT,
-        )  # fmt: skip
+        base = states + (c.to(tl.int64) * H + h) * (M * (D + V))
+        grad_k = load_state(base, m, D, BD, D + V, M)
+        grad_v = load_state(base + D, m, V, BV, D + V, M)
+    count = ((stop - start + TILE - 1) // TILE).to(tl.int32)
+    first = (start // TILE + n) * H + h
+    # Addresses that do not change are computed anew in each round: kept, they would take registers of the gradients.
+    for step in tl.range(count, disable_licm=True):
+        j = count - 1 - step
+        tile = first + j * H
+        state_k = load_tile(tiles, tile, m, d, 0, D, D + V, M)
+        state_v = load_tile(tiles, tile, m, e, D, V, D + V, M)
+        begin = start + j * TILE
+        token = (begin + i) * (H // P) + h // P
+        cell = (begin + i) * H + h
+        valid = (begin + i) < stop
+        _, row, row_valid = row_offsets(begin, stop, h // P, 0, HQ, G, TILE, BG)
+        _, at, _ = row_offsets(begin, stop, h, 0, HQ * P, G, TILE, BG)
+        qb = load_rows(q, row, row_valid, D, d, CT)
+        gb = load_rows(do, row, row_valid, V, e, CT)
+        kb = load_rows(k, token, valid, D, d, CT)
+        vb = load_rows(v, token, valid, V, e, CT)
+        dsb = load_rows(ds, at, row_valid, M, m, CT)
+        pb = load_rows(p, at, row_valid, M, m, CT)
+        dab = load_rows(da, at, row_valid, TILE, i, CT)
+        ab = load_rows(a, at, row_valid, TILE, i, CT)
+        slot = cell[:, None] * M + m[None, :]
+        slot_mask = valid[:, None] & (m < M)[None, :]
+        we = load_operand(operands, cell, valid, 0, m, M, 1, CT)
+        decay = tl.load(gamma + tile * M + m, mask=m < M, other=1.0)
+        last_k = grad_k.to(CT)
+        last_v = grad_v.to(CT)
+        read = tl.dot(kb, tl.trans(last_k), input_precision="ieee")
+        read = tl.dot(vb, tl.trans(last_v), read, input_precision="ieee")
+        dkb = tl.dot(we, last_k, input_precision="ieee")
+        dkb = tl.dot(tl.trans(dab), qb, dkb, input_precision="ieee")
+        tl.store(dk + cell[:, None] * D + d[None, :], dkb, mask=valid[:, None] & (d < D)[None, :])
+        dvb = tl.dot(we, last_v, input_precision="ieee")
+        dvb = tl.dot(tl.trans(ab), gb, dvb, input_precision="ieee")
+        tl.store(dv + cell[:, None] * V + e[None, :], dvb, mask=valid[:, None] & (e < V)[None, :])
+        crossing = tl.sum(grad_k * state_k.to(tl.float32), 1) + tl.sum(grad_v * state_v.to(tl.float32), 1)
+        grad_k = tl.dot(tl.trans(dsb), qb, grad_k * decay[:, None], input_precision="ieee")
+        grad_v = tl.dot(tl.trans(pb), gb, grad_v * decay[:, None], input_precision="ieee")
+        tl.store(across + tile * M + m, crossing, mask=m < M)
+        tl.store(reads + slot, read, mask=slot_mask)
 
 
 @triton.jit
 def tile_gate_kernel(
-    log_alpha, reads_k, reads_v, across_k, across_v, dlog_alpha, bounds, T, NC, H,
+    log_alpha, reads, across, dlog_alpha, bounds, T, NC, H,
     M: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """Adds to dlog_alpha of one (tile, head) what is read after the tile."""
@@ -106,14 +109,12 @@ def tile_gate_kernel(
     m = tl.arange(0, BM)
     cell = ((start + i) * H + h)[:, None] * M + m[None, :]
     mask = ((start + i) < stop)[:, None] & (m < M)[None, :]
-    tile = ((start // TILE + n) * H + h) * M + m
     x = load_log2_alpha(log_alpha, start, stop, h, H, M, TILE, BM)
-    reads = tl.load(reads_k + cell, mask=mask, other=0.0) + tl.load(reads_v + cell, mask=mask, other=0.0)
-    across = tl.load(across_k + tile, mask=m < M, other=0.0) + tl.load(across_v + tile, mask=m < M, other=0.0)
     grad = tl.load(dlog_alpha + cell, mask=mask, other=0.0)
-    dw = rest_of_tile(x, CT) * reads
+    dw = rest_of_tile(x, CT) * tl.load(reads + cell, mask=mask, other=0.0)
     flow = mm(tl.where(i[None, :] < i[:, None], 1.0, 0.0), write_weight(x) * dw, CT)
-    flow += (tl.exp2(tl.sum(x, 0)) * across)[None, :]
+    crossed = tl.load(across + ((start // TILE + n) * H + h) * M + m, mask=m < M, other=0.0)
+    flow += (tl.exp2(tl.sum(x, 0)) * crossed)[None, :]
     tl.store(dlog_alpha + cell, grad + flow - tl.exp2(x) * dw, mask=mask)
 
 
@@ -122,7 +123,7 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     B, T, HQ, D = q.shape
     (H, M), V, group = log_alpha.shape[2:], v.shape[-1], HQ // k.shape[2]
     P = H // k.shape[2]
-    walk = Walk(log_alpha, P, D, V, cu_seqlens, operand, False)
+    walk = Walk(log_alpha, P, D, V, cu_seqlens, operand, 1)
     tiles = walk.tile_states(((walk.operands, k), (walk.operands, v)), initial)
 
     def empty(heads, *width, dtype):
@@ -153,18 +154,19 @@ def walk_backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial
     dinitial = None
     if initial is not None:
         dinitial = tuple(torch.empty_like(s, dtype=torch.float32) for s in initial)
-    states, segments, length = walk.starts(((ds, q), (p, do)), dfinal, dinitial, group=group, reverse=True)
-    reads = [torch.empty_like(dlog_alpha) for _ in range(2)]
-    across = [torch.empty_like(walk.gamma) for _ in range(2)]
+    states, segments, length = walk.starts(
+        ((ds, q), (p, do)), dfinal, dinitial, 1, configs.KEY_PROGRAMS, group=group, reverse=True
+    )
+    reads, across = torch.empty_like(dlog_alpha), torch.empty_like(walk.gamma)
     launch(
-        walk_key_kernel, (segments.count * H, 2, 1),
-        q, k, v, do, p, ds, a, da, walk.operands, walk.gamma, tiles, states, dk, dv, *reads, *across, segments.bounds,
-        T, segments.per_sequence, length, H, HQ, group, P, *sizes, max(pad(D), pad(V)), packed, states is None, operand,
+        walk_key_kernel, (segments.count * H, 1, 1),
+        q, k, v, do, p, ds, a, da, walk.operands, walk.gamma, tiles, states, dk, dv, reads, across, segments.bounds, T,
+        segments.per_sequence, length, H, HQ, group, P, *sizes, pad(D), pad(V), packed, states is None, operand,
         **configs.KEY,
     )  # fmt: skip
     launch(
         tile_gate_kernel, grid,
-        log_alpha, *reads, *across, dlog_alpha, walk.tiles.bounds, T, walk.tiles.per_sequence, H, M, pad(M), packed,
+        log_alpha, reads, across, dlog_alpha, walk.tiles.bounds, T, walk.tiles.per_sequence, H, M, pad(M), packed,
         operand, num_warps=2,
     )  # fmt: skip
     if P > 1:

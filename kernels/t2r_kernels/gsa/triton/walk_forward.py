@@ -20,10 +20,10 @@ def load_state(ptr, m, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.cons
 
 
 @triton.jit
-def load_operand(operands, token, valid, part: tl.constexpr, m, M: tl.constexpr, CT: tl.constexpr):
+def load_operand(operands, token, valid, part, m, M: tl.constexpr, PARTS: tl.constexpr, CT: tl.constexpr):
     """[16, BM]; which parts there are tells `gates_kernel`."""
     mask = valid[:, None] & (m < M)[None, :]
-    return tl.load(operands + token[:, None] * (4 * M) + part * M + m[None, :], mask=mask, other=0.0).to(CT)
+    return tl.load(operands + token[:, None] * (PARTS * M) + part * M + m[None, :], mask=mask, other=0.0).to(CT)
 
 
 @triton.jit
@@ -52,7 +52,8 @@ def walk_forward_kernel(
         base = states + (c.to(tl.int64) * H + h) * (M * (D + V))
         state_k = load_state(base, m, D, BD, D + V, M)
         state_v = load_state(base + D, m, V, BV, D + V, M)
-    for tile in range(0, (stop - start).to(tl.int32), TILE):
+    # Addresses that do not change are computed anew in each round: kept, they would take registers of the states.
+    for tile in tl.range(0, (stop - start).to(tl.int32), TILE, disable_licm=True):
         first = start + tile
         token = (first + i) * (H // P) + h // P
         cell = (first + i) * H + h
@@ -62,10 +63,10 @@ def walk_forward_kernel(
         qb = load_rows(q, row, row_valid, D, d, CT)
         kb = load_rows(k, token, valid, D, d, CT)
         vb = load_rows(v, token, valid, V, e, CT)
-        wi = load_operand(operands, cell, valid, 1, m, M, CT)
+        wi = load_operand(operands, cell, valid, 1, m, M, 4, CT)
         pick = (t[:, None] == i[None, :]).to(CT)
-        factor = tl.dot(pick, load_operand(operands, cell, valid, 2, m, M, CT), input_precision="ieee")
-        factor = tl.dot(pick, load_operand(operands, cell, valid, 3, m, M, CT), factor, input_precision="ieee")
+        factor = tl.dot(pick, load_operand(operands, cell, valid, 2, m, M, 4, CT), input_precision="ieee")
+        factor = tl.dot(pick, load_operand(operands, cell, valid, 3, m, M, 4, CT), factor, input_precision="ieee")
         causal = i[None, :] <= t[:, None]
         qk = tl.where(causal, tl.dot(qb, tl.trans(kb), input_precision="ieee"), 0.0).to(CT)
         s = tl.dot(qb, tl.trans((state_k * TINY).to(CT)), input_precision="ieee")
@@ -86,7 +87,7 @@ def walk_forward_kernel(
         ob = tl.dot(a, vb, ob, input_precision="ieee")
         tl.store(o + at[:, None] * V + e[None, :], ob, mask=row_valid[:, None] & (e < V)[None, :])
         decay = tl.load(gamma + (((first // TILE) + n) * H + h) * M + m, mask=m < M, other=1.0)
-        we = tl.trans(load_operand(operands, cell, valid, 0, m, M, CT))
+        we = tl.trans(load_operand(operands, cell, valid, 0, m, M, 4, CT))
         state_k = tl.dot(we, kb, state_k * decay[:, None], input_precision="ieee")
         state_v = tl.dot(we, vb, state_v * decay[:, None], input_precision="ieee")
 
@@ -99,7 +100,7 @@ def walk_forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_s
     B, T, HQ, D = q.shape
     (H, M), V, group = log_alpha.shape[2:], v.shape[-1], HQ // k.shape[2]
     P = H // k.shape[2]
-    walk = Walk(log_alpha, P, D, V, cu_seqlens, operand, True)
+    walk = Walk(log_alpha, P, D, V, cu_seqlens, operand, 4)
     length = segment_length(T, H * (B if cu_seqlens is None else 1), q.device, configs.FORWARD_PROGRAMS)
     segments = walk.segments(length)
     states = walk.segment_states(((walk.operands, k), (walk.operands, v)), initial, final, segments, length)

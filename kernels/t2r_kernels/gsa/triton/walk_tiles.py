@@ -4,15 +4,33 @@ gradients, dq, and what dlog_alpha gets from reads in the tile."""
 import triton
 import triton.language as tl
 
-from ...triton_chunks import STEP, chunk_range, load_rows, pairs_at, row_offsets
+from ...triton_chunks import STEP, chunk_range, load_rows, row_offsets
 from .common import load_log2_alpha, readable, write_weight
 from .forward import piece_softmax2, softmax2
-from .walk import TILE, TINY, read_factors
+from .walk import TILE, TINY, read_factors, times_tiny
 
 
 @triton.jit
 def mm(a, b, CT: tl.constexpr):
     return tl.dot(a.to(CT), b.to(CT), input_precision="ieee")
+
+
+@triton.jit
+def leading_bits(x):
+    """x cut to the bits that bf16 has, in fp32."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exact_sum(mask, x, CT: tl.constexpr):
+    """mask [A, B] (0/1) times x [B, BM] in fp32, all of whose bits take part."""
+    ones = mask.to(CT)
+    high = leading_bits(x)
+    rest = x - high
+    middle = leading_bits(rest)
+    total = tl.dot(ones, (rest - middle).to(CT), input_precision="ieee")
+    total = tl.dot(ones, middle.to(CT), total, input_precision="ieee")
+    return tl.dot(ones, high.to(CT), total, input_precision="ieee")
 
 
 @triton.jit
@@ -46,11 +64,10 @@ def tile_reads(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """What x reads of each slot, [rows, BM], but for the row's factor; and its two parts, pairs and state."""
+    """What x reads of each slot, [rows, BM], but for the row's factor; and x times y of earlier tokens, [rows, 16]."""
     intra, inter = tile_products(x, y, state, row, row_valid, token, token_valid, m, WIDTH, BLOCK, M, STRIDE, R, BM, CT)
     intra = tl.where(causal, intra, 0.0).to(CT)
-    inter = inter * TINY
-    return tl.dot(intra, wi, inter, input_precision="ieee"), intra, inter
+    return tl.dot(intra, wi, inter * TINY, input_precision="ieee"), intra
 
 
 @triton.jit
@@ -78,12 +95,12 @@ def tile_statistics_kernel(
     wi = (w * key).to(CT)
     causal = i[None, :] <= t[:, None]
     state = tiles + ((start // TILE + n) * H + h) * (M * (D + V))
-    s, _, _ = tile_reads(
+    s, _ = tile_reads(
         q, k, state, wi, causal, row, row_valid, token, valid, m, D, BD, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
     s = s * (factor * scale_log2)
     p, sums = piece_softmax2(s, readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M))
-    dp, _, _ = tile_reads(
+    dp, _ = tile_reads(
         do, v, state + D, wi, causal, row, row_valid, token, valid, m, V, BV, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
     dp = dp * factor
@@ -120,33 +137,32 @@ def tile_query_kernel(
     causal = i[None, :] <= t[:, None]
     state = tiles + ((start // TILE + n) * H + h) * (M * (D + V))
 
-    s, qk, qs = tile_reads(
+    s_raw, qk = tile_reads(
         q, k, state, wi, causal, row, row_valid, token, valid, m, D, BD, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
-    s = s * (factor * scale_log2)
+    s = s_raw * (factor * scale_log2)
     seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
     if lse is None:
         p = softmax2(s, seen)
     else:
         total = tl.load(lse + row, mask=row_valid, other=0.0)
         p = tl.exp2(tl.where(seen, s, float("-inf")) - total[:, None])
-    dp, ov, os = tile_reads(
+    dp_raw, ov = tile_reads(
         do, v, state + D, wi, causal, row, row_valid, token, valid, m, V, BV, M, D + V, TILE * BG, BM, CT
     )  # fmt: skip
-    dp = dp * factor
-    ds = scale * factor * p
+    dp = dp_raw * factor
     if lse is None:
         mean = tl.sum(p * dp, 1)
     else:
         mean = tl.load(delta + row, mask=row_valid, other=0.0)
-    ds = ds * (dp - mean[:, None])
     pf = p * factor
     pb = pf.to(CT)
-    db = ds.to(CT)
+    db = (pf * (dp * scale - (mean * scale)[:, None])).to(CT)
     slot = at[:, None] * M + m[None, :]
     slot_mask = row_valid[:, None] & (m < M)[None, :]
-    tl.store(p_out + slot, pf * TINY, mask=slot_mask)
-    tl.store(ds_out + slot, ds * TINY, mask=slot_mask)
+    tl.store(p_out + slot, times_tiny(pb, CT), mask=slot_mask)
+    ds = times_tiny(db, CT)
+    tl.store(ds_out + slot, ds, mask=slot_mask)
     pair = at[:, None] * TILE + i[None, :]
     pair_mask = row_valid[:, None] & (i >= 0)[None, :]
     a = tl.where(causal, mm(pb, tl.trans(wi), CT), 0.0)
@@ -155,25 +171,15 @@ def tile_query_kernel(
     tl.store(da_out + pair, da, mask=pair_mask)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        sb = load_part(state, m, d, D, D + V, M)
-        dqb = mm(db, sb, CT) * TINY + mm(da, load_rows(k, token, valid, D, d, CT), CT)
+        dqb = mm(ds, load_part(state, m, d, D, D + V, M), CT)
+        dqb = tl.dot(da, load_rows(k, token, valid, D, d, CT), dqb, input_precision="ieee")
         tl.store(dq + at[:, None] * D + d[None, :], dqb, mask=row_valid[:, None] & (d < D)[None, :])
 
-    # What crosses each token: the state read later in the tile, then pairs of the tile, level by level.
+    # What crosses each token: what is read from it on, of the state and of pairs, less what pairs write from it on.
     later = t[None, :] >= i[:, None]
-    flow = mm(tl.where(later, 1.0, 0.0), ds * qs + pf * os, CT)
     dw = mm(tl.trans(qk), db, CT) + mm(tl.trans(ov), pb, CT)
-    for level in tl.static_range(4):
-        pairs = pairs_at(t, i, level)
-        block = (t >> level)[None, :] == (i >> level)[:, None]
-        ql = tl.where(pairs, qk, 0.0).to(CT)
-        ol = tl.where(pairs, ov, 0.0).to(CT)
-        reads = ds * mm(ql, wi, CT) + pf * mm(ol, wi, CT)
-        flow += mm(tl.where(block & later, 1.0, 0.0), reads, CT)
-        if level > 0:
-            written = w * key * (mm(tl.trans(ql), db, CT) + mm(tl.trans(ol), pb, CT))
-            beside = ((i >> level)[:, None] == (i >> level)[None, :]) & (i[None, :] < i[:, None])
-            flow += mm(tl.where(beside, 1.0, 0.0), written, CT)
+    flow = exact_sum(later, db.to(tl.float32) * s_raw + pb.to(tl.float32) * dp_raw, CT)
+    flow -= exact_sum(i[None, :] >= i[:, None], wi.to(tl.float32) * dw, CT)
     # Each term crosses its token by the floored gate.
     grad = flow * tl.exp2(x - tl.maximum(x, STEP)) - tl.exp2(x) * key * dw
     cell = (start + i) * H + h
