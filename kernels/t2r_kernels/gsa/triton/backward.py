@@ -21,17 +21,14 @@ from ...triton_chunks import (
     LOG2E,
     choose_numerics,
     chunk_range,
-    dot,
     find_chunks,
     load_rows,
-    prefix_decay,
     row_offsets,
-    split,
-    suffix_decay,
 )
 from ...triton_launch import launch
-from .common import choose_blocks, load_log2_alpha, readable, write_weight
-from .forward import piece_softmax2, products, read_slots, softmax2, write_slots
+from .common import choose_blocks, dot, readable
+from .decays import chunk_decays, chunk_tables, load_prefix, load_suffix, load_weight
+from .forward import piece_softmax2, products, read_both, softmax2, write_both
 from .gate import gate_kernel
 from .pieces import add, combine
 from .states import chunk_states, scan
@@ -39,11 +36,10 @@ from .states import chunk_states, scan
 
 @triton.jit
 def statistics_kernel(
-    q, k, v, log_alpha, visible, do, states, lse, delta, bounds, T, NC, H, HQ, G, P, scale_log2,
+    q, k, v, decays, visible, do, states, lse, delta, bounds, T, NC, H, HQ, G, P, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BG: tl.constexpr, GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
-    EXACT: tl.constexpr,
+    PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One (chunk, piece): log2 of the sum of its 2^score, and do . o of the output it would give alone."""
     pid = tl.program_id(0)
@@ -56,9 +52,7 @@ def statistics_kernel(
     m = tl.arange(0, BM)
     token = (start + i) * (H // P) + h // P
     valid = (start + i) < stop
-    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
-    high, low = split(x, SPLIT)
-    w = write_weight(x)
+    decays = chunk_decays(decays, start, h, H, M, LOG_C)
     state = states + (c.to(tl.int64) * H + h) * (M * (D + V))
     for tile in range(GROUP_TILES):
         t, row, row_valid = row_offsets(start, stop, h // P, tile * BG, HQ, G, C, BG)
@@ -66,25 +60,39 @@ def statistics_kernel(
         qk, qs = products(
             q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
-        s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
-        seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
-        p, sums = piece_softmax2(s * scale_log2, seen)
         ov, os = products(
             do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
-        dp = read_slots(ov, os, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
+        s, dp = read_both(qk, qs, ov, os, t, i, row_valid, valid, m, decays, H, M, LOG_C, CT, PREC)
+        seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
+        p, sums = piece_softmax2(s * scale_log2, seen)
         tl.store(lse + at, sums, mask=row_valid)
         tl.store(delta + at, tl.sum(p * dp, 1), mask=row_valid)
 
 
 @triton.jit
+def state_gradient(
+    x, y, out, row, row_valid, m, tile,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """out [M, WIDTH] = sum over rows of y[row, m] x[row], added to by tiles after the first."""
+    for d0 in range(0, WIDTH, BLOCK):
+        d = d0 + tl.arange(0, BLOCK)
+        mask = (m < M)[:, None] & (d < WIDTH)[None, :]
+        u = tl.trans(dot(tl.trans(load_rows(x, row, row_valid, WIDTH, d, CT)), y, CT, PREC))
+        if tile > 0:
+            u += tl.load(out + m[:, None] * STRIDE + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + m[:, None] * STRIDE + d[None, :], u, mask=mask)
+
+
+@triton.jit
 def query_kernel(
-    q, k, v, log_alpha, visible, do, states, lse, delta, dq, p_out, ds_out, da_out, a_out, dstates, bounds, T, NC,
+    q, k, v, decays, visible, do, states, lse, delta, dq, p_out, ds_out, da_out, a_out, dstates, bounds, T, NC,
     H, HQ, G, P, scale, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BG: tl.constexpr, GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
-    EXACT: tl.constexpr,
+    PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One (chunk, piece): dq, and what the later steps need of p and ds. lse and delta are those of all pieces, where
     there are several."""
@@ -98,28 +106,25 @@ def query_kernel(
     m = tl.arange(0, BM)
     token = (start + i) * (H // P) + h // P
     valid = (start + i) < stop
-    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
-    high, low = split(x, SPLIT)
-    w = write_weight(x)
-    offset = (c.to(tl.int64) * H + h) * (M * (D + V)) + m[:, None] * (D + V)
-    state = states + (c.to(tl.int64) * H + h) * (M * (D + V))
+    decays = chunk_decays(decays, start, h, H, M, LOG_C)
+    offset = (c.to(tl.int64) * H + h) * (M * (D + V))
+    state = states + offset
     for tile in range(GROUP_TILES):
         t, row, row_valid = row_offsets(start, stop, h // P, tile * BG, HQ, G, C, BG)
         _, at, _ = row_offsets(start, stop, h, tile * BG, HQ * P, G, C, BG)
         qk, qs = products(
             q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
-        s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
+        ov, os = products(
+            do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, C * BG, C, BM, CT, PREC
+        )  # fmt: skip
+        s, dp = read_both(qk, qs, ov, os, t, i, row_valid, valid, m, decays, H, M, LOG_C, CT, PREC)
         seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
         if lse is None:
             p = softmax2(s * scale_log2, seen)
         else:
             total = tl.load(lse + row, mask=row_valid, other=0.0)
             p = tl.exp2(tl.where(seen, s * scale_log2, float("-inf")) - total[:, None])
-        ov, os = products(
-            do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, C * BG, C, BM, CT, PREC
-        )  # fmt: skip
-        dp = read_slots(ov, os, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
         if lse is None:
             mean = tl.sum(p * dp, 1)
         else:
@@ -129,34 +134,26 @@ def query_kernel(
         slot_mask = row_valid[:, None] & (m < M)[None, :]
         tl.store(p_out + slot, p, mask=slot_mask)
         tl.store(ds_out + slot, ds, mask=slot_mask)
-        a = write_slots(p, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
-        da = write_slots(ds, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT).to(CT)
+        a, da = write_both(p, ds, t, i, row_valid, valid, m, decays, H, M, LOG_C, CT, PREC)
+        da = da.to(CT)
         pair = at[:, None] * C + i[None, :]
         tl.store(a_out + pair, a, mask=row_valid[:, None] & (i >= 0)[None, :])
         tl.store(da_out + pair, da, mask=row_valid[:, None] & (i >= 0)[None, :])
-        decay = prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)
+        decay = load_prefix(decays, LOG_C, t, row_valid, m, H, M, LOG_C)
         pd = tl.where(row_valid[:, None], p * decay, 0.0).to(CT)
         dsd = (ds * decay).to(CT)
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
             mask = (m < M)[:, None] & (d < D)[None, :]
             kb = load_rows(k, token, valid, D, d, CT)
-            sb = tl.load(states + offset + d[None, :], mask=mask, other=0.0)
+            sb = tl.load(state + m[:, None] * (D + V) + d[None, :], mask=mask, other=0.0)
             dqb = dot(da, kb, CT, PREC) + dot(dsd, sb, CT, PREC)
             tl.store(dq + at[:, None] * D + d[None, :], dqb, mask=row_valid[:, None] & (d < D)[None, :])
-            qb = load_rows(q, row, row_valid, D, d, CT)
-            u = dot(tl.trans(dsd), qb, CT, PREC)
-            if tile > 0:
-                u += tl.load(dstates + offset + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(dstates + offset + d[None, :], u, mask=mask)
-        for d0 in range(0, V, BV):
-            d = d0 + tl.arange(0, BV)
-            mask = (m < M)[:, None] & (d < V)[None, :]
-            gb = load_rows(do, row, row_valid, V, d, CT)
-            u = dot(tl.trans(pd), gb, CT, PREC)
-            if tile > 0:
-                u += tl.load(dstates + offset + D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(dstates + offset + D + d[None, :], u, mask=mask)
+        # With fp32 operands no product has the 64 rows at which Triton takes instructions of four warps.
+        BU: tl.constexpr = BD if PREC == "ieee" else min(BD, 32)
+        BW: tl.constexpr = BV if PREC == "ieee" else min(BV, 32)
+        state_gradient(q, dsd, dstates + offset, row, row_valid, m, tile, D, D + V, M, BU, CT, PREC)
+        state_gradient(do, pd, dstates + offset + D, row, row_valid, m, tile, V, D + V, M, BW, CT, PREC)
 
 
 @triton.jit
@@ -180,10 +177,10 @@ def write_gradient(
 
 @triton.jit
 def key_kernel(
-    q, do, log_alpha, da, a, dstates, dk, dv, bounds, T, NC, H, HQ, G, P,
+    q, do, decays, da, a, dstates, dk, dv, bounds, T, NC, H, HQ, G, P,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BG: tl.constexpr, GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    PACKED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one (chunk, piece), already summed over the group."""
     pid = tl.program_id(0)
@@ -196,9 +193,9 @@ def key_kernel(
     m = tl.arange(0, BM)
     cell = (start + i) * H + h
     valid = (start + i) < stop
-    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
-    high, low = split(x, SPLIT)
-    we = (write_weight(x) * suffix_decay(i, high, low, LOG_C, SPLIT, EXACT)).to(CT)
+    decays = chunk_decays(decays, start, h, H, M, LOG_C)
+    we = load_weight(decays, i, valid, m, H, M, LOG_C)
+    we = (we * load_suffix(decays, LOG_C, i, valid, m, H, M, LOG_C)).to(CT)
     dstate = dstates + (c.to(tl.int64) * H + h) * (M * (D + V))
     write_gradient(
         dk, da, q, we, dstate, start, stop, cell, valid, m, i, h, HQ, G, P, D + V, D, M, C, BG, GROUP_TILES, BD, CT,
@@ -227,12 +224,12 @@ def backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_
         D, V, M, C, C.bit_length() - 1, blocks.group, blocks.group_tiles, blocks.slots, blocks.key, blocks.value,
     )  # fmt: skip
     options = {
-        "PACKED": chunks.bounds is not None, "CT": numerics.operand, "SPLIT": numerics.split,
-        "PREC": numerics.precision, "EXACT": numerics.exact,
+        "PACKED": chunks.bounds is not None, "CT": numerics.operand, "PREC": numerics.precision,
     }  # fmt: skip
     grid, place = (chunks.count * H, 1, 1), (chunks.bounds, T, chunks.per_sequence, H, HQ, group, P)
 
-    states, gamma = chunk_states(k, v, log_alpha, initial, None, chunks, blocks, numerics)
+    decays, gamma = chunk_tables(log_alpha, chunks, blocks, numerics)
+    states = chunk_states(k, v, decays, gamma, initial, None, chunks, blocks, numerics)
     # Several tiles of one group add up their contributions in memory, which bf16 would round each time.
     summed = store if blocks.group_tiles == 1 else torch.float32
     dstates = empty(*states.shape, dtype=summed)
@@ -243,13 +240,13 @@ def backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_
         lse, delta = (empty(B, T, HQ * P, 1, dtype=torch.float32) for _ in range(2))
         launch(
             statistics_kernel, grid,
-            q, k, v, log_alpha, visible, do, states, lse, delta, *place, scale * LOG2E, *sizes, **options,
+            q, k, v, decays, visible, do, states, lse, delta, *place, scale * LOG2E, *sizes, **options,
             LIMITED=visible is not None, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         delta, lse = combine(delta, lse, group, P)
     launch(
         query_kernel, grid,
-        q, k, v, log_alpha, visible, do, states, lse, delta, dq, p, ds, da, a, dstates, *place, scale, scale * LOG2E,
+        q, k, v, decays, visible, do, states, lse, delta, dq, p, ds, da, a, dstates, *place, scale, scale * LOG2E,
         *sizes, **options, LIMITED=visible is not None, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     dinitial = None
@@ -258,12 +255,12 @@ def backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_
     scan(dstates, gamma, dfinal, dinitial, chunks, D, V, reverse=True)
     launch(
         key_kernel, grid,
-        q, do, log_alpha, da, a, dstates, dk, dv, *place, *sizes, **options, num_warps=4, num_stages=blocks.stages,
-    )  # fmt: skip
+        q, do, decays, da, a, dstates, dk, dv, *place, *sizes, **options, num_warps=4, num_stages=blocks.stages
+    )
     dlog_alpha = empty(*log_alpha.shape, dtype=torch.float32)
     launch(
         gate_kernel, grid,
-        q, k, v, log_alpha, do, p, ds, states, dstates, gamma, dlog_alpha, *place, *sizes, **options,
+        q, k, v, decays, do, p, ds, states, dstates, gamma, dlog_alpha, *place, *sizes, **options,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     if P > 1:

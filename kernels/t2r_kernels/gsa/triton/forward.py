@@ -8,51 +8,90 @@ from ...triton_chunks import (
     LOG2E,
     choose_numerics,
     chunk_range,
-    dot,
     find_chunks,
     load_rows,
     pairs_at,
-    prefix_decay,
     row_offsets,
-    split,
-    suffix_decay,
 )
 from ...triton_launch import launch
-from .common import choose_blocks, load_log2_alpha, readable, write_weight
+from .common import choose_blocks, dot, readable
+from .decays import chunk_decays, chunk_tables, load_prefix, load_suffix, load_weight
 from .pieces import LOWEST, combine
 from .states import chunk_states
 
 
 @triton.jit
 def read_slots(
-    qk, inter, t, i, w, high, low,
-    LOG_C: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    qk, inter, t, i, row_valid, valid, m, decays, H,
+    M: tl.constexpr, LOG_C: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Value-side gated attention of a chunk: sum_i qk[t, i] w[i, m] decay(i..t)[m] plus inter[t, m] decay(start..t).
 
     qk [rows, C] are products with the chunk's tokens, inter [rows, BM] products with the state at its start.
     """
-    s = inter * prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)
+    w = load_weight(decays, i, valid, m, H, M, LOG_C)
+    s = inter * load_prefix(decays, LOG_C, t, row_valid, m, H, M, LOG_C)
     s += dot(tl.where(t[:, None] == i[None, :], qk, 0.0), w, CT, PREC)
-    for level in tl.static_range(LOG_C):
-        we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
+    for level in range(LOG_C):
+        we = w * load_suffix(decays, level, i, valid, m, H, M, LOG_C)
         part = dot(tl.where(pairs_at(t, i, level), qk, 0.0), we, CT, PREC)
-        s += part * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+        s += part * load_prefix(decays, level, t, row_valid, m, H, M, LOG_C)
     return s
 
 
 @triton.jit
+def read_both(
+    qk, qs, ov, os, t, i, row_valid, valid, m, decays, H,
+    M: tl.constexpr, LOG_C: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """`read_slots` of (qk, qs) and of (ov, os)."""
+    w = load_weight(decays, i, valid, m, H, M, LOG_C)
+    decay = load_prefix(decays, LOG_C, t, row_valid, m, H, M, LOG_C)
+    same = t[:, None] == i[None, :]
+    s = qs * decay + dot(tl.where(same, qk, 0.0), w, CT, PREC)
+    dp = os * decay + dot(tl.where(same, ov, 0.0), w, CT, PREC)
+    for level in range(LOG_C):
+        pairs = pairs_at(t, i, level)
+        we = w * load_suffix(decays, level, i, valid, m, H, M, LOG_C)
+        decay = load_prefix(decays, level, t, row_valid, m, H, M, LOG_C)
+        s += dot(tl.where(pairs, qk, 0.0), we, CT, PREC) * decay
+        dp += dot(tl.where(pairs, ov, 0.0), we, CT, PREC) * decay
+    return s, dp
+
+
+@triton.jit
 def write_slots(
-    p, t, i, w, high, low,
-    LOG_C: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    p, t, i, row_valid, valid, m, decays, H,
+    M: tl.constexpr, LOG_C: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Key-side gated attention of a chunk: [rows, C] of sum_m p[t, m] w[i, m] decay(i -> t)[m] for i <= t, else 0."""
+    w = load_weight(decays, i, valid, m, H, M, LOG_C)
     a = tl.where(t[:, None] == i[None, :], dot(p, tl.trans(w.to(CT)), CT, PREC), 0.0)
-    for level in tl.static_range(LOG_C):
-        we = w * suffix_decay(i, high, low, level, SPLIT, EXACT)
-        pd = p * prefix_decay(t, i, high, low, level, SPLIT, EXACT)
+    for level in range(LOG_C):
+        we = w * load_suffix(decays, level, i, valid, m, H, M, LOG_C)
+        pd = p * load_prefix(decays, level, t, row_valid, m, H, M, LOG_C)
         a += tl.where(pairs_at(t, i, level), dot(pd, tl.trans(we.to(CT)), CT, PREC), 0.0)
     return a
+
+
+@triton.jit
+def write_both(
+    p, ds, t, i, row_valid, valid, m, decays, H,
+    M: tl.constexpr, LOG_C: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """`write_slots` of p and of ds."""
+    w = load_weight(decays, i, valid, m, H, M, LOG_C)
+    same = t[:, None] == i[None, :]
+    wt = tl.trans(w.to(CT))
+    a = tl.where(same, dot(p, wt, CT, PREC), 0.0)
+    da = tl.where(same, dot(ds, wt, CT, PREC), 0.0)
+    for level in range(LOG_C):
+        pairs = pairs_at(t, i, level)
+        we = tl.trans((w * load_suffix(decays, level, i, valid, m, H, M, LOG_C)).to(CT))
+        decay = load_prefix(decays, level, t, row_valid, m, H, M, LOG_C)
+        a += tl.where(pairs, dot(p * decay, we, CT, PREC), 0.0)
+        da += tl.where(pairs, dot(ds * decay, we, CT, PREC), 0.0)
+    return a, da
 
 
 @triton.jit
@@ -94,11 +133,10 @@ def products(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, log_alpha, visible, states, o, lse, bounds, T, NC, H, HQ, G, P, scale_log2,
+    q, k, v, decays, visible, states, o, lse, bounds, T, NC, H, HQ, G, P, scale_log2,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
-    EXACT: tl.constexpr,
+    PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """o of one (chunk, piece of a key/value head, tile of its query heads), and where there are several pieces log2 of
     the sum that its softmax was divided by."""
@@ -114,22 +152,20 @@ def forward_kernel(
     valid = (start + i) < stop
     t, row, row_valid = row_offsets(start, stop, h // P, tl.program_id(1) * BG, HQ, G, C, BG)
     _, at, _ = row_offsets(start, stop, h, tl.program_id(1) * BG, HQ * P, G, C, BG)
-    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
-    high, low = split(x, SPLIT)
-    w = write_weight(x)
+    decays = chunk_decays(decays, start, h, H, M, LOG_C)
     state = states + (c.to(tl.int64) * H + h) * (M * (D + V))
     qk, qs = products(
         q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
     )  # fmt: skip
-    s = read_slots(qk, qs, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT)
+    s = read_slots(qk, qs, t, i, row_valid, valid, m, decays, H, M, LOG_C, CT, PREC)
     seen = readable(visible, start, t, row_valid, m, M, LIMITED, h % P * M)
     if lse is None:
         p = softmax2(s * scale_log2, seen)
     else:
         p, sums = piece_softmax2(s * scale_log2, seen)
         tl.store(lse + at, sums, mask=row_valid)
-    a = write_slots(p, t, i, w, high, low, LOG_C, CT, SPLIT, PREC, EXACT).to(CT)
-    pd = (p * prefix_decay(t, i, high, low, LOG_C, SPLIT, EXACT)).to(CT)
+    a = write_slots(p, t, i, row_valid, valid, m, decays, H, M, LOG_C, CT, PREC).to(CT)
+    pd = (p * load_prefix(decays, LOG_C, t, row_valid, m, H, M, LOG_C)).to(CT)
     for d0 in range(0, V, BV):
         d = d0 + tl.arange(0, BV)
         vb = load_rows(v, token, valid, V, d, CT)
@@ -149,15 +185,16 @@ def forward(q, k, v, log_alpha, visible, scale: float, initial, final, cu_seqlen
     numerics = choose_numerics(q.dtype)
     blocks = choose_blocks(group, D, V, M, numerics.store.itemsize)
     chunks = find_chunks(B, T, blocks.chunk, cu_seqlens)
-    states, _ = chunk_states(k, v, log_alpha, initial, final, chunks, blocks, numerics)
+    decays, gamma = chunk_tables(log_alpha, chunks, blocks, numerics)
+    states = chunk_states(k, v, decays, gamma, initial, final, chunks, blocks, numerics)
     o = torch.empty(B, T, HQ * P, V, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, T, HQ * P, dtype=torch.float32, device=q.device) if P > 1 else None
     launch(
         forward_kernel, (chunks.count * H, blocks.group_tiles, 1),
-        q, k, v, log_alpha, visible, states, o, lse, chunks.bounds, T, chunks.per_sequence, H, HQ, group, P,
+        q, k, v, decays, visible, states, o, lse, chunks.bounds, T, chunks.per_sequence, H, HQ, group, P,
         scale * LOG2E, D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.group, blocks.slots, blocks.key,
         blocks.value,
-        PACKED=chunks.bounds is not None, LIMITED=visible is not None, CT=numerics.operand, SPLIT=numerics.split,
-        PREC=numerics.precision, EXACT=numerics.exact, num_warps=blocks.warps, num_stages=blocks.stages,
+        PACKED=chunks.bounds is not None, LIMITED=visible is not None, CT=numerics.operand,
+        PREC=numerics.precision, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return o if lse is None else combine(o, lse, group, P)[0]

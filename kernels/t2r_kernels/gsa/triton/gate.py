@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from ...triton_chunks import chunk_range, dot, load_rows, masked_sum, pairs_at, row_offsets, split, suffix_decay
-from .common import load_log2_alpha, write_weight
+from ...triton_chunks import chunk_range, load_rows, pairs_at, row_offsets
+from .common import dot, masked_dot
+from .decays import chunk_decays, load_prefix, load_suffix, load_weight
 from .forward import products
 
 
@@ -36,37 +37,40 @@ def state_products(
 
 
 @triton.jit
-def level_flow(
-    qk, ov, ds, p, t, i, w, high, low, level,
-    CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+def side_flow(
+    pairs, inter, grad, t, i, row_valid, valid, m, decays, H,
+    M: tl.constexpr, LOG_C: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Pairs of one level of the tree: what crosses each token, and the gradient of each write weight, both [C, BM].
+    """What of one side's reads crosses each token, and the gradient of each write weight, both [C, BM].
 
+    pairs [rows, C] and inter [rows, BM] are products (q with k and K, or do with v and V) which grad (ds or p) weighs.
     A read crosses its (right) block up to itself, a write the rest of its (left) block.
     """
-    pairs = pairs_at(t, i, level)
-    block = (t >> level)[:, None] == (i >> level)[None, :]
-    decay = tl.exp2(masked_sum(block & (i[None, :] <= t[:, None]), high, low, SPLIT, EXACT))
-    qk_l = tl.where(pairs, qk, 0.0).to(CT)
-    ov_l = tl.where(pairs, ov, 0.0).to(CT)
-    dsd = ds * decay
-    pd = p * decay
-    suffix = suffix_decay(i, high, low, level, SPLIT, EXACT)
-    we = (w * suffix).to(CT)
-    read = dsd * dot(qk_l, we, CT, PREC) + pd * dot(ov_l, we, CT, PREC)
-    flow = dot(tl.where(tl.trans(block) & (t[None, :] >= i[:, None]), 1.0, 0.0), read, CT, PREC)
-    written = suffix * (dot(tl.trans(qk_l), dsd, CT, PREC) + dot(tl.trans(ov_l), pd, CT, PREC))
-    beside = ((i >> level)[:, None] == (i >> level)[None, :]) & (i[None, :] < i[:, None])
-    flow += dot(tl.where(beside, 1.0, 0.0), w * written, CT, PREC)
-    return flow, written
+    # Writes before this chunk read in it at token t' cross every t <= t'.
+    read = grad * inter * load_prefix(decays, LOG_C, t, row_valid, m, H, M, LOG_C)
+    flow = masked_dot(t[None, :] >= i[:, None], read, CT, PREC)
+    dw = dot(tl.trans(tl.where(t[:, None] == i[None, :], pairs, 0.0).to(CT)), grad, CT, PREC)
+    for level in range(LOG_C):
+        block = (t >> level)[:, None] == (i >> level)[None, :]
+        x = tl.where(pairs_at(t, i, level), pairs, 0.0).to(CT)
+        decayed = grad * load_prefix(decays, level, t, row_valid, m, H, M, LOG_C)
+        suffix = load_suffix(decays, level, i, valid, m, H, M, LOG_C)
+        we = load_weight(decays, i, valid, m, H, M, LOG_C) * suffix
+        read = decayed * dot(x, we, CT, PREC)
+        flow += masked_dot(tl.trans(block) & (t[None, :] >= i[:, None]), read, CT, PREC)
+        written = dot(tl.trans(x), decayed, CT, PREC)
+        beside = ((i >> level)[:, None] == (i >> level)[None, :]) & (i[None, :] < i[:, None])
+        flow += masked_dot(beside, we * written, CT, PREC)
+        dw += suffix * written
+    return flow, dw
 
 
 @triton.jit
 def gate_kernel(
-    q, k, v, log_alpha, do, p_in, ds_in, states, dstates, gamma, dlog_alpha, bounds, T, NC, H, HQ, G, P,
+    q, k, v, decays, do, p_in, ds_in, states, dstates, gamma, dlog_alpha, bounds, T, NC, H, HQ, G, P,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BG: tl.constexpr, GROUP_TILES: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    PACKED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dlog_alpha of one (chunk, piece)."""
     pid = tl.program_id(0)
@@ -79,18 +83,16 @@ def gate_kernel(
     m = tl.arange(0, BM)
     token = (start + i) * (H // P) + h // P
     valid = (start + i) < stop
-    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
-    high, low = split(x, SPLIT)
-    w = write_weight(x)
+    decays = chunk_decays(decays, start, h, H, M, LOG_C)
     where = c.to(tl.int64) * H + h
     state = states + where * (M * (D + V))
     dstate = dstates + where * (M * (D + V))
 
     # Writes in this chunk read after it, and writes before it read after it.
     reads, across = state_products(k, v, state, dstate, token, valid, m, D, V, M, C, BM, BD, BV, CT, PREC)
-    dw = reads * suffix_decay(i, high, low, LOG_C, SPLIT, EXACT)
+    dw = reads * load_suffix(decays, LOG_C, i, valid, m, H, M, LOG_C)
     earlier = i[None, :] < i[:, None]
-    flow = dot(tl.where(earlier, 1.0, 0.0), w * dw, CT, PREC)
+    flow = masked_dot(earlier, load_weight(decays, i, valid, m, H, M, LOG_C) * dw, CT, PREC)
     flow += (tl.load(gamma + where * M + m, mask=m < M, other=0.0) * across)[None, :]
 
     for tile in range(GROUP_TILES):
@@ -98,25 +100,24 @@ def gate_kernel(
         _, at, _ = row_offsets(start, stop, h, tile * BG, HQ * P, G, C, BG)
         slot = at[:, None] * M + m[None, :]
         slot_mask = row_valid[:, None] & (m < M)[None, :]
-        p = tl.load(p_in + slot, mask=slot_mask, other=0.0)
-        ds = tl.load(ds_in + slot, mask=slot_mask, other=0.0)
-        qk, qs = products(
+        pairs, inter = products(
             q, k, state, row, row_valid, token, valid, m, D, BD, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
-        ov, os = products(
+        ds = tl.load(ds_in + slot, mask=slot_mask, other=0.0)
+        crossing, written = side_flow(
+            pairs, inter, ds, t, i, row_valid, valid, m, decays, H, M, LOG_C, CT, PREC
+        )  # fmt: skip
+        flow += crossing
+        dw += written
+        pairs, inter = products(
             do, v, state + D, row, row_valid, token, valid, m, V, BV, M, D + V, C * BG, C, BM, CT, PREC
         )  # fmt: skip
-        # Writes before this chunk read in it at token t' cross every t <= t'.
-        later = t[None, :] >= i[:, None]
-        prefix = tl.exp2(masked_sum(i[None, :] <= t[:, None], high, low, SPLIT, EXACT))
-        flow += dot(tl.where(later, 1.0, 0.0), (ds * qs + p * os) * prefix, CT, PREC)
-        same = t[:, None] == i[None, :]
-        dw += dot(tl.trans(tl.where(same, qk, 0.0).to(CT)), ds, CT, PREC)
-        dw += dot(tl.trans(tl.where(same, ov, 0.0).to(CT)), p, CT, PREC)
-        for level in tl.static_range(LOG_C):
-            crossing, written = level_flow(qk, ov, ds, p, t, i, w, high, low, level, CT, SPLIT, PREC, EXACT)
-            flow += crossing
-            dw += written
-    grad = flow - tl.exp2(x) * dw
+        p = tl.load(p_in + slot, mask=slot_mask, other=0.0)
+        crossing, written = side_flow(
+            pairs, inter, p, t, i, row_valid, valid, m, decays, H, M, LOG_C, CT, PREC
+        )  # fmt: skip
+        flow += crossing
+        dw += written
+    grad = flow - load_prefix(decays, 0, i, valid, m, H, M, LOG_C) * dw
     cell = (start + i) * H + h
     tl.store(dlog_alpha + cell[:, None] * M + m[None, :], grad, mask=valid[:, None] & (m < M)[None, :])

@@ -7,19 +7,20 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import Chunks, Numerics, ceil_div, chunk_range, dot, load_rows, split, suffix_decay
+from ...triton_chunks import Chunks, Numerics, ceil_div, chunk_range, load_rows
 from ...triton_launch import launch
-from .common import Blocks, load_log2_alpha, write_weight
+from .common import Blocks, dot
+from .decays import chunk_decays, load_suffix, load_weight
 
 
 @triton.jit
 def local_state_kernel(
-    k, v, log_alpha, states, gamma, bounds, T, NC, H, P,
+    k, v, decays, states, bounds, T, NC, H, P,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr,
+    BM: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    PACKED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One (chunk, piece): what its tokens leave in an empty state, and its total decay gamma [chunks, H, M]."""
+    """One (chunk, piece): what its tokens leave in an empty state."""
     pid = tl.program_id(0)
     c = pid // H
     h = pid - c * H
@@ -30,19 +31,20 @@ def local_state_kernel(
     m = tl.arange(0, BM)
     token = (start + i) * (H // P) + h // P
     valid = (start + i) < stop
-    x = load_log2_alpha(log_alpha, start, stop, h, H, M, C, BM)
-    high, low = split(x, SPLIT)
-    w = tl.trans((write_weight(x) * suffix_decay(i, high, low, LOG_C, SPLIT, EXACT)).to(CT))
+    decays = chunk_decays(decays, start, h, H, M, LOG_C)
+    w = load_weight(decays, i, valid, m, H, M, LOG_C)
+    w = (w * load_suffix(decays, LOG_C, i, valid, m, H, M, LOG_C)).to(CT)
     where = c.to(tl.int64) * H + h
-    tl.store(gamma + where * M + m, tl.exp2(tl.sum(x, 0)), mask=m < M)
     base = states + where * (M * (D + V)) + m[:, None] * (D + V)
+    BD: tl.constexpr = KEY if PREC == "ieee" else min(KEY, 32)
+    BV: tl.constexpr = VALUE if PREC == "ieee" else min(VALUE, 32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        state = dot(w, load_rows(k, token, valid, D, d, CT), CT, PREC)
+        state = tl.trans(dot(tl.trans(load_rows(k, token, valid, D, d, CT)), w, CT, PREC))
         tl.store(base + d[None, :], state, mask=(m < M)[:, None] & (d < D)[None, :])
     for d0 in range(0, V, BV):
         d = d0 + tl.arange(0, BV)
-        state = dot(w, load_rows(v, token, valid, V, d, CT), CT, PREC)
+        state = tl.trans(dot(tl.trans(load_rows(v, token, valid, V, d, CT)), w, CT, PREC))
         tl.store(base + D + d[None, :], state, mask=(m < M)[:, None] & (d < V)[None, :])
 
 
@@ -123,22 +125,21 @@ def scan(states, gamma, incoming, outgoing, chunks: Chunks, D: int, V: int, *, r
     )  # fmt: skip
 
 
-def chunk_states(k, v, log_alpha, initial, final, chunks: Chunks, blocks: Blocks, numerics: Numerics):
-    """States at the start of every chunk [chunks, H, M, D + V], decays of whole chunks [chunks, H, M] in fp32.
+def chunk_states(k, v, decays, gamma, initial, final, chunks: Chunks, blocks: Blocks, numerics: Numerics):
+    """States at the start of every chunk [chunks, H, M, D + V], by `chunk_tables`.
 
     H counts pieces of heads (`walk.py`). `initial` and `final` are pairs of [N, H, M, D] and [N, H, M, V] or None;
     `final` is written.
     """
-    T, H, M = log_alpha.shape[1:]
+    T, (_, H, M) = k.shape[1], gamma.shape
     D, V = k.shape[-1], v.shape[-1]
     states = torch.empty(chunks.count, H, M, D + V, dtype=numerics.store, device=k.device)
-    gamma = torch.empty(chunks.count, H, M, dtype=torch.float32, device=k.device)
     launch(
         local_state_kernel, (chunks.count * H, 1, 1),
-        k, v, log_alpha, states, gamma, chunks.bounds, T, chunks.per_sequence, H, H // k.shape[2],
+        k, v, decays, states, chunks.bounds, T, chunks.per_sequence, H, H // k.shape[2],
         D, V, M, blocks.chunk, blocks.chunk.bit_length() - 1, blocks.slots, blocks.key, blocks.value,
-        PACKED=chunks.bounds is not None, CT=numerics.operand, SPLIT=numerics.split, PREC=numerics.precision,
-        EXACT=numerics.exact, num_warps=4,
+        PACKED=chunks.bounds is not None, CT=numerics.operand, PREC=numerics.precision,
+        num_warps=4,
     )  # fmt: skip
     scan(states, gamma, initial, final, chunks, D, V, reverse=False)
-    return states, gamma
+    return states
