@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 Start = Callable[[int, Any], None]  # a compiled kernel on its grid: (stream, arguments, of tensors their addresses)
 
@@ -33,6 +34,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
     Triton binds and examines every argument anew at each launch. A compiled kernel depends on the arguments that are no
     tensors, and of tensors on their dtype and whether they start at a multiple of 16 bytes: that is the key here.
+
+    Where a program gets less shared memory than its stages of loads take (64 KiB on CDNA 2 and 3), it has fewer stages.
     """
     device = args[0].get_device()
     other = on_device(device)
@@ -48,12 +51,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             address = x.data_ptr()
             kinds.append((x.dtype, address % 16))
             values.append(address)
+    if torch.version.hip:  # there Triton counts in 32 bits where a tensor's memory ends within 2 GiB
+        kinds += [x.untyped_storage().nbytes() < 2**31 for x in args if type(x) not in _PLAIN]
     key = (kernel.fn, device, grid, *options.values(), *kinds)  # a kernel's own hash is one of its source
     start = _compiled.get(key)
     if start is not None:
         start(stream_of(device), values)
     else:
-        compiled = kernel[grid](*args, **options)
+        compiled = _first(kernel, grid, args, options)
         if compiled is not None:  # as it is in Triton's interpreter
             if len(_compiled) == 4096:  # lengths are part of the key
                 _compiled.clear()
@@ -62,6 +67,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if recording is not None:
         recording.launched(start, args)
     return None
+
+
+def _first(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> Any:
+    """kernel[grid](*args, **options), with as many of its stages as fit."""
+    while True:
+        try:
+            return kernel[grid](*args, **options)
+        except OutOfResources:
+            if options.get("num_stages", 1) == 1:
+                raise
+            options["num_stages"] -= 1
 
 
 def _starter(compiled: Any, grid: tuple[int, ...], rest: list) -> Start:

@@ -254,8 +254,21 @@ def backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_
         dinitial = tuple(torch.empty_like(s, dtype=torch.float32) for s in initial)
     scan(dstates, gamma, dfinal, dinitial, chunks, D, V, reverse=True)
     launch(
-        key_kernel, grid,
-        q, do, decays, da, a, dstates, dk, dv, *place, *sizes, **options, num_warps=4, num_stages=blocks.stages
+        key_kernel,
+        grid,
+        q,
+        do,
+        decays,
+        da,
+        a,
+        dstates,
+        dk,
+        dv,
+        *place,
+        *sizes,
+        **options,
+        num_warps=4,
+        num_stages=blocks.stages,
     )
     dlog_alpha = empty(*log_alpha.shape, dtype=torch.float32)
     launch(
