@@ -26,6 +26,7 @@ from t2r_kernels import gsa, gsa_step
 
 HQ, H, D, M, LAYERS = 32, 8, 128, 64, 32  # Mistral-7B's heads and layers, 64 slots
 SHAPES = ((16, 2048), (4, 8192), (1, 32768), (1, 2048))
+SHORT = 4096  # tokens of a call, up to which it is also timed as a CUDA graph, apart from the host
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 TOLERANCE = 2e-2  # of bf16 in one draw: PyTorch's attention was seen at 1.7e-2
 # Matrix products of one token and key/value head, as counted in kernels/README.md.
@@ -104,24 +105,46 @@ def median_ms(fn: Callable[[], object]) -> float:
     return do_bench(fn, warmup=50, rep=200, return_mode="median")
 
 
+def recorded(fn: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """fn as a CUDA graph, which is replayed without its Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph
+
+
 def measure(fn: Callable, batch: int, length: int, slots: int = M) -> dict:
     """Forward and forward+backward ms; MiB held and at the peak after the forward beyond its inputs."""
     args, grad = inputs(batch, length, slots)
+
+    def gradients() -> object:
+        return torch.autograd.grad(fn(*args), args, grad, allow_unused=True)
+
     with torch.no_grad():
         forward = median_ms(lambda: fn(*args))
-    both = median_ms(lambda: torch.autograd.grad(fn(*args), args, grad, allow_unused=True))
+    both = median_ms(gradients)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     output = fn(*args)
     held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     del output
-    return {
+    times = {
         "forward_ms": round(forward, 4),
         "forward_backward_ms": round(both, 4),
         "held_MiB": round(held / 2**20, 1),
         "peak_MiB": round(peak / 2**20, 1),
     }
+    if batch * length <= SHORT and fn in (ours, sdpa):
+        with torch.no_grad():
+            times["forward_graph_ms"] = round(median_ms(recorded(lambda: fn(*args)).replay), 4)
+        times["forward_backward_graph_ms"] = round(median_ms(recorded(gradients).replay), 4)
+    return times
 
 
 def by_slots(slots: tuple[int, ...]) -> str:
@@ -279,6 +302,12 @@ def table(record: dict) -> str:
             cells = [f"{title}, {row['batch']} x {row['length']:,}, ms", *(f"{row[name][key]:.3f}" for name in names)]
             cells += [f"{row[peer][key] / mine:.2f}" for peer in peers]
             lines.append("| " + " | ".join([*cells, f"{row[floor]:.3f}", f"{row[floor] / mine:.2f}"]) + " |")
+        for key, title in (("forward_graph_ms", "forward"), ("forward_backward_graph_ms", "forward + backward")):
+            if key in row["ours"]:
+                cells = [f"{title}, {row['batch']} x {row['length']:,}, as a CUDA graph, ms"]
+                cells += [f"{row[name][key]:.3f}" if key in row[name] else "" for name in names]
+                cells += [f"{row[peer][key] / row['ours'][key]:.2f}" if key in row[peer] else "" for peer in peers]
+                lines.append("| " + " | ".join(cells + [""] * (len(columns) - len(cells))) + " |")
         for key, title in (("held_MiB", "held"), ("peak_MiB", "peak")):
             cells = [f"{title} after the forward, MiB", *(f"{row[name][key]:,.0f}" for name in names)]
             lines.append("| " + " | ".join(cells + [""] * (len(columns) - len(cells))) + " |")
@@ -314,9 +343,12 @@ def plot(record: dict, path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/bench-kernels"))
+    parser.add_argument(
+        "--lengths", type=lambda text: tuple(map(int, text.split(","))), default=LENGTHS, help="of the plot"
+    )
     parser.add_argument("--slots", type=lambda text: tuple(map(int, text.split(","))), help="print times by slots")
     options = parser.parse_args()
     if options.slots:
         print(by_slots(options.slots))
     else:
-        run(options.output)
+        run(options.output, options.lengths)

@@ -13,6 +13,10 @@ decay from i to t is 2^(SHIFT + L[t]) * 2^(-SHIFT - L[i]): one product for all p
 is floored at STEP for this, so that L >= -208 and both factors stay within 2^+-104, inside the range of bf16: an old
 entry that a stronger gate forgets is kept at 2^-13 of its weight until the tile ends, below the 2^-9 to which bf16
 rounds the entry itself.
+
+**Walks** hold states in nearly all registers that there are. So the loops of gsa's are
+`tl.range(..., disable_licm=True)`: what does not change from round to round, addresses mostly, is computed anew each
+time instead of kept in registers that the states would have to leave (on an H200 375 us became 306 in gsa's forward).
 """
 
 import functools

@@ -52,7 +52,6 @@ def walk_key_kernel(
         grad_v = load_state(base + D, m, V, BV, D + V, M)
     count = ((stop - start + TILE - 1) // TILE).to(tl.int32)
     first = (start // TILE + n) * H + h
-    # Addresses that do not change are computed anew in each round: kept, they would take registers of the gradients.
     for step in tl.range(count, disable_licm=True):
         j = count - 1 - step
         tile = first + j * H

@@ -52,7 +52,6 @@ def walk_forward_kernel(
         base = states + (c.to(tl.int64) * H + h) * (M * (D + V))
         state_k = load_state(base, m, D, BD, D + V, M)
         state_v = load_state(base + D, m, V, BV, D + V, M)
-    # Addresses that do not change are computed anew in each round: kept, they would take registers of the states.
     for tile in tl.range(0, (stop - start).to(tl.int32), TILE, disable_licm=True):
         first = start + tile
         token = (first + i) * (H // P) + h // P
