@@ -232,16 +232,18 @@ def new_process(kernels: str) -> dict:
     return {"whole_s": round(whole, 2), "import_torch_s": torch_s, "cuda_and_inputs_s": cuda_s, "gradients_s": first_s}
 
 
-def run(output: Path, lengths: tuple[int, ...] = LENGTHS) -> dict:
-    """Checks, measures and writes gsa.json and gsa.svg into `output`; returns what it wrote."""
+def run(output: Path, lengths: tuple[int, ...] = LENGTHS, alone: bool = False) -> dict:
+    """Checks, measures and writes gsa.json and gsa.svg into `output`; returns what it wrote. `alone`: without peers."""
     import triton
 
     torch.manual_seed(int(time.time()))
     with tempfile.TemporaryDirectory() as nothing_compiled:
         first_process, second_process = (new_process(nothing_compiled) for _ in range(2))
-    kernels: dict[str, tuple[Callable, Callable]] = {"ours": (ours, gsa64), "sdpa": (sdpa, softmax_attention64)}
-    if importlib.util.find_spec("fla") is not None:
-        kernels["fla"] = (fla_gsa, gsa64)
+    kernels: dict[str, tuple[Callable, Callable]] = {"ours": (ours, gsa64)}
+    if not alone:
+        kernels["sdpa"] = (sdpa, softmax_attention64)
+        if importlib.util.find_spec("fla") is not None:
+            kernels["fla"] = (fla_gsa, gsa64)
     bandwidth, rate = copy_bandwidth(), product_rate()
     record: dict = {
         "device": torch.cuda.get_device_name(),
@@ -346,9 +348,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "--lengths", type=lambda text: tuple(map(int, text.split(","))), default=LENGTHS, help="of the plot"
     )
+    parser.add_argument("--alone", action="store_true", help="without peers, whose tuning takes minutes")
     parser.add_argument("--slots", type=lambda text: tuple(map(int, text.split(","))), help="print times by slots")
     options = parser.parse_args()
     if options.slots:
         print(by_slots(options.slots))
     else:
-        run(options.output, options.lengths)
+        run(options.output, options.lengths, options.alone)

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
-@pytest.mark.parametrize("module", ["gates", "gla", "gsa", "gsa_walk", "memory"])
+@pytest.mark.parametrize("module", ["bf16", "gates", "gla", "gsa", "gsa_walk", "memory"])
 def test_in_the_interpreter(module):
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(HERE / f"test_triton_{module}.py")],

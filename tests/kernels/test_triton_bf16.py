@@ -1,0 +1,79 @@
+"""gsa and gla in bf16 in Triton's interpreter, made to compute bf16 as a GPU does (`bf16.py`): the paths that dispatch
+takes for bf16, with their own factors, roundings and ranges of exponents. On a GPU `test_triton_gpu.py` and its
+neighbours do the same at the sizes of real heads."""
+
+import os
+
+import pytest
+import torch
+
+from t2r_kernels import gsa
+
+from . import bf16
+from .cases import GATES, compare, gsa_call, gsa_inputs, reference, run, some_visible
+from .test_gla import SIDES, gla_call, gla_inputs
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs through test_triton_interpreter.py"
+)
+TOLERANCE = 1.5e-2
+
+
+@pytest.fixture(autouse=True)
+def bf16_as_on_a_gpu(monkeypatch):
+    bf16.install(monkeypatch)
+
+
+@triton.jit
+def product_kernel(x, y, z, w, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    a, b = tl.load(x + at), tl.load(y + at)
+    tl.store(z + at, tl.dot(a, b))
+    tl.store(w + at, a * b + a)
+
+
+def test_products_and_rounding_are_those_of_torch(seed):
+    torch.manual_seed(seed)
+    x, y = (torch.randn(16, 16).bfloat16() for _ in range(2))
+    z, w = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)
+    product_kernel[(1,)](x, y, z, w, 16)
+    torch.testing.assert_close(z, x.float() @ y.float())
+    assert torch.equal(w, x * y + x)
+
+
+def check(inputs, seed, documents=None, visible=None):
+    want = run(gsa_call(gsa, documents, backend="naive", visible=visible), reference(inputs), seed)
+    compare(run(gsa_call(gsa, documents, backend="triton", visible=visible), inputs, seed), want, TOLERANCE)
+
+
+def draw(gate, seed, tokens=0, **sizes):
+    sizes = {"heads": 1, "group": 4, "dim_k": 32, "dim_v": 16, "slots": 16} | sizes
+    return gsa_inputs(gate, seed, tokens=tokens, dtype=torch.bfloat16, **sizes)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates(gate, seed):
+    check(draw(gate, seed, 83), seed)
+
+
+@pytest.mark.parametrize(("tokens", "group"), [(1, 4), (16, 8), (130, 1), (49, 3)])
+def test_lengths_and_groups(tokens, group, seed):
+    check(draw("mild", seed, tokens, group=group), seed)
+
+
+def test_packed_documents(seed):
+    check(draw("clock", seed, documents=(0, 1, 40, 17)), seed, (0, 1, 40, 17))
+
+
+def test_slots_that_cannot_be_seen(seed):
+    check(draw("mild", seed, 40), seed, visible=some_visible("written", seed, 40, None, 16))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_gla(side, seed):
+    inputs = gla_inputs(side, "mild", seed, tokens=40, batch=1, heads=1, group=4, dim_k=32, dim_v=32, dtype=torch.bfloat16)
+    want = run(gla_call(side, None, backend="naive"), reference(inputs), seed)
+    compare(run(gla_call(side, None, backend="triton"), inputs, seed), want, TOLERANCE)
