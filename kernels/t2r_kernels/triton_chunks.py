@@ -107,8 +107,12 @@ def find_chunks(B: int, T: int, chunk: int, cu_seqlens: torch.Tensor | None) -> 
 
 
 @triton.jit
-def chunk_range(bounds, c, T, NC, C, PACKED: tl.constexpr):
-    """First token of chunk c, one past its last (int64, of the flattened [B * T] tokens), and its sequence."""
+def own_chunk(bounds, T, NC, C, H, PACKED: tl.constexpr):
+    """Chunk and head of program (chunk * H + head, ...), and of the chunk its first token, one past its last (int64, of
+    the flattened [B * T] tokens) and its sequence."""
+    pid = tl.program_id(0)
+    c = pid // H
+    h = pid - c * H
     if PACKED:
         start = tl.load(bounds + 3 * c)
         stop = tl.load(bounds + 3 * c + 1)
@@ -117,7 +121,7 @@ def chunk_range(bounds, c, T, NC, C, PACKED: tl.constexpr):
         n = (c // NC).to(tl.int64)
         start = n * T + (c - c // NC * NC) * C
         stop = tl.minimum(start + C, (n + 1) * T)
-    return start, stop, n
+    return c, h, start, stop, n
 
 
 @triton.jit

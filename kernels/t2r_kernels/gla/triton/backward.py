@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import Chunks, chunk_range, dot, load_rows, pad, row_offsets
+from ...triton_chunks import Chunks, dot, load_rows, own_chunk, pad, row_offsets
 from ...triton_launch import launch
 from . import configs
 from .common import NONE, ROWS, SCALAR, Plan, add_dot, advance, load_decay, load_state, load_total, load_weight
@@ -37,9 +37,7 @@ def gated_gradient_kernel(
 ):  # fmt: skip
     """One (chunk, head) and slice of the gated side: adds to dr, dy_tiles and dgate what states take part in. Gradients
     of a gate or weight per head leave it as one part per slice."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _ = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     part = tl.program_id(1)
@@ -122,9 +120,7 @@ def plain_gradient_kernel(
     PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """dx of one (chunk, head) and slice of the plain side, summed over the group."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _ = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, SUB)

@@ -24,9 +24,9 @@ from ...triton_chunks import (
     FLOOR,
     SHIFT,
     STEP,
-    chunk_range,
     find_chunks,
     masked_sum,
+    own_chunk,
     pad,
     prefix_decay,
     split,
@@ -55,9 +55,7 @@ def decay_kernel(
     PACKED: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """One (tile, head) and slice of the gate's columns."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, SUB, PACKED)
+    _c, h, start, stop, _ = own_chunk(bounds, T, NC, SUB, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, SUB)

@@ -10,9 +10,9 @@ import triton.language as tl
 
 from ...triton_chunks import (
     Chunks,
-    chunk_range,
     dot,
     load_rows,
+    own_chunk,
     pad,
     pairs_at,
     prefix_decay,
@@ -36,9 +36,7 @@ def plain_kernel(
     PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """out [rows, X] of one (chunk, head), slice of columns and tile of the group: dL/dp."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _ = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     d = tl.arange(0, BR)
@@ -72,9 +70,7 @@ def gated_kernel(
     PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """out [rows, R] of one (chunk, head), slice of the gated side and tile of the group: dL/dr."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _ = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, SUB)

@@ -6,10 +6,10 @@ import triton.language as tl
 
 from ...triton_chunks import (
     Chunks,
-    chunk_range,
     dot,
     find_chunks,
     load_rows,
+    own_chunk,
     pad,
     pairs_at,
     prefix_decay,
@@ -31,9 +31,7 @@ def pair_kernel(
     SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """scale * r_t . D(i, t) w_i y_i for the pairs i <= t of one (tile, head) and tile of the group, [rows, SUB]."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, SUB, PACKED)
+    _c, h, start, stop, _ = own_chunk(bounds, T, NC, SUB, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, SUB)

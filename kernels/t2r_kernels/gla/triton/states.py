@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import Chunks, chunk_range, load_rows, pad, row_offsets
+from ...triton_chunks import Chunks, load_rows, own_chunk, pad, row_offsets
 from ...triton_launch import launch
 from . import configs
 from .common import Plan, add_dot, advance, load_decay, load_gate, load_total
@@ -42,9 +42,7 @@ def chunk_kernel(
 ):  # fmt: skip
     """One (chunk, head) and part of its state: what the chunk's writes leave in an empty state and its total decay
     gamma [chunks, H, R]; or with READS the gradient that its reads give to the state before it."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _ = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     d = tl.program_id(1) * BR + tl.arange(0, BR)

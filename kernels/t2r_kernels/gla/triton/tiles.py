@@ -10,11 +10,11 @@ import triton.language as tl
 from ...triton_chunks import (
     STEP,
     Chunks,
-    chunk_range,
     dot,
     find_chunks,
     load_rows,
     masked_sum,
+    own_chunk,
     pad,
     pairs_at,
     prefix_decay,
@@ -103,9 +103,7 @@ def tile_kernel(
     SPLIT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """One (tile, head) and slice of the gated side. The gradient of a gate per head is part FIRST + slice of PARTS."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, SUB, PACKED)
+    _c, h, start, stop, _ = own_chunk(bounds, T, NC, SUB, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, SUB)

@@ -20,9 +20,9 @@ import triton.language as tl
 from ...triton_chunks import (
     LOG2E,
     choose_numerics,
-    chunk_range,
     find_chunks,
     load_rows,
+    own_chunk,
     row_offsets,
 )
 from ...triton_launch import launch
@@ -42,10 +42,7 @@ def statistics_kernel(
     PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One (chunk, piece): log2 of the sum of its 2^score, and do . o of the output it would give alone."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, _n = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _n = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)
@@ -96,10 +93,7 @@ def query_kernel(
 ):  # fmt: skip
     """One (chunk, piece): dq, and what the later steps need of p and ds. lse and delta are those of all pieces, where
     there are several."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, _n = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _n = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)
@@ -149,7 +143,7 @@ def query_kernel(
             sb = tl.load(state + m[:, None] * (D + V) + d[None, :], mask=mask, other=0.0)
             dqb = dot(da, kb, CT, PREC) + dot(dsd, sb, CT, PREC)
             tl.store(dq + at[:, None] * D + d[None, :], dqb, mask=row_valid[:, None] & (d < D)[None, :])
-        # With fp32 operands no product has the 64 rows at which Triton takes instructions of four warps.
+        # In fp32 slices of 32 columns: 64 rows would take instructions of four warps, which hold more registers.
         BU: tl.constexpr = BD if PREC == "ieee" else min(BD, 32)
         BW: tl.constexpr = BV if PREC == "ieee" else min(BV, 32)
         state_gradient(q, dsd, dstates + offset, row, row_valid, m, tile, D, D + V, M, BU, CT, PREC)
@@ -183,10 +177,7 @@ def key_kernel(
     PACKED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one (chunk, piece), already summed over the group."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, _n = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _n = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)
@@ -254,22 +245,9 @@ def backward(q, k, v, log_alpha, visible, do, dfinal, scale: float, initial, cu_
         dinitial = tuple(torch.empty_like(s, dtype=torch.float32) for s in initial)
     scan(dstates, gamma, dfinal, dinitial, chunks, D, V, reverse=True)
     launch(
-        key_kernel,
-        grid,
-        q,
-        do,
-        decays,
-        da,
-        a,
-        dstates,
-        dk,
-        dv,
-        *place,
-        *sizes,
-        **options,
-        num_warps=4,
-        num_stages=blocks.stages,
-    )
+        key_kernel, grid,
+        q, do, decays, da, a, dstates, dk, dv, *place, *sizes, **options, num_warps=4, num_stages=blocks.stages,
+    )  # fmt: skip
     dlog_alpha = empty(*log_alpha.shape, dtype=torch.float32)
     launch(
         gate_kernel, grid,

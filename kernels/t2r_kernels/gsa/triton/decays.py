@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import Chunks, Numerics, chunk_range, prefix_decay, split, suffix_decay
+from ...triton_chunks import Chunks, Numerics, own_chunk, prefix_decay, split, suffix_decay
 from ...triton_launch import launch
 from .common import Blocks, load_log2_alpha, write_weight
 
@@ -20,10 +20,7 @@ def decay_kernel(
     PACKED: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One (chunk, piece): its decays [tokens, H, 2 LOG_C + 2, M], and its total decay gamma [chunks, H, M]."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, _n = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _n = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)

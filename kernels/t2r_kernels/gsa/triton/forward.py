@@ -7,9 +7,9 @@ import triton.language as tl
 from ...triton_chunks import (
     LOG2E,
     choose_numerics,
-    chunk_range,
     find_chunks,
     load_rows,
+    own_chunk,
     pairs_at,
     row_offsets,
 )
@@ -140,10 +140,7 @@ def forward_kernel(
 ):  # fmt: skip
     """o of one (chunk, piece of a key/value head, tile of its query heads), and where there are several pieces log2 of
     the sum that its softmax was divided by."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _ = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)

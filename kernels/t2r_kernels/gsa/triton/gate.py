@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...triton_chunks import chunk_range, load_rows, pairs_at, row_offsets
+from ...triton_chunks import load_rows, own_chunk, pairs_at, row_offsets
 from .common import dot, masked_dot
 from .decays import chunk_decays, load_prefix, load_suffix, load_weight
 from .forward import products
@@ -73,10 +73,7 @@ def gate_kernel(
     PACKED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dlog_alpha of one (chunk, piece)."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, _n = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _n = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import Chunks, Numerics, ceil_div, chunk_range, load_rows
+from ...triton_chunks import Chunks, Numerics, ceil_div, load_rows, own_chunk
 from ...triton_launch import launch
 from .common import Blocks, dot
 from .decays import chunk_decays, load_suffix, load_weight
@@ -21,10 +21,7 @@ def local_state_kernel(
     PACKED: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One (chunk, piece): what its tokens leave in an empty state."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, _ = chunk_range(bounds, c, T, NC, C, PACKED)
+    c, h, start, stop, _ = own_chunk(bounds, T, NC, C, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, C)

@@ -23,9 +23,9 @@ from ...triton_chunks import (
     STEP,
     Chunks,
     ceil_div,
-    chunk_range,
     find_chunks,
     masked_sum,
+    own_chunk,
     pad,
     power_of_two,
     row_offsets,
@@ -105,10 +105,7 @@ def gates_kernel(
     """What the walks need of log alpha, ready as `operands` [B, T, H, PARTS, M]: the token's weight at the tile's end
     and, where PARTS is 4, the two factors of `read_factors`, the second times w, the first as a sum of two bf16
     numbers. Per tile its decay, gamma."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, n = chunk_range(bounds, c, T, NC, TILE, PACKED)
+    _c, h, start, stop, n = own_chunk(bounds, T, NC, TILE, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, TILE)
@@ -170,9 +167,7 @@ def walk_states_kernel(
     """One (segment, head) and slice of columns of state <- gamma state + x^T y over the segment's tiles, in reverse for
     gradients. Rows of x are STRIDE apart. With TILES it stores the state that each tile meets; else what the segment
     leaves, and its decay."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, n = chunk_range(bounds, c, T, NS, S, PACKED)
+    c, h, start, stop, n = own_chunk(bounds, T, NS, S, H, PACKED)
     if stop <= start:
         return
     slice_ = tl.program_id(1)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import LOG2E, chunk_range, load_rows, pad, power_of_two, row_offsets
+from ...triton_chunks import LOG2E, load_rows, own_chunk, pad, power_of_two, row_offsets
 from ...triton_launch import launch
 from . import configs, pieces
 from .common import load_log2_alpha, write_weight
@@ -34,9 +34,7 @@ def walk_key_kernel(
     """The reverse walk of one (segment, piece) with the gradients of both states in registers: leaves dk and dv of each
     tile as it passes. For dlog_alpha it leaves the products `reads` [B, T, H, M] of k and v with the gradients at the
     tile's end, and `across` [tiles, H, M] of the states at its start with those gradients."""
-    c = tl.program_id(0) // H
-    h = tl.program_id(0) - c * H
-    start, stop, n = chunk_range(bounds, c, T, NS, S, PACKED)
+    c, h, start, stop, n = own_chunk(bounds, T, NS, S, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, TILE)
@@ -98,10 +96,7 @@ def tile_gate_kernel(
     M: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """Adds to dlog_alpha of one (tile, head) what is read after the tile."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, n = chunk_range(bounds, c, T, NC, TILE, PACKED)
+    _c, h, start, stop, n = own_chunk(bounds, T, NC, TILE, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, TILE)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import LOG2E, chunk_range, load_rows, pad, power_of_two, row_offsets
+from ...triton_chunks import LOG2E, load_rows, own_chunk, pad, power_of_two, row_offsets
 from ...triton_launch import launch
 from . import configs
 from .common import readable
@@ -35,10 +35,7 @@ def walk_forward_kernel(
 ):  # fmt: skip
     """o of one (segment, piece of a key/value head) and all its query heads, and where there are several pieces log2 of
     the sum that its softmax was divided by; EMPTY: the segments start from nothing."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, n = chunk_range(bounds, c, T, NS, S, PACKED)
+    c, h, start, stop, n = own_chunk(bounds, T, NS, S, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, TILE)

@@ -4,7 +4,7 @@ gradients, dq, and what dlog_alpha gets from reads in the tile."""
 import triton
 import triton.language as tl
 
-from ...triton_chunks import STEP, chunk_range, load_rows, row_offsets
+from ...triton_chunks import STEP, load_rows, own_chunk, row_offsets
 from .common import load_log2_alpha, readable, write_weight
 from .forward import piece_softmax2, softmax2
 from .walk import TILE, TINY, read_factors, times_tiny
@@ -77,10 +77,7 @@ def tile_statistics_kernel(
     BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, LIMITED: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """One (tile, piece): log2 of the sum of its 2^score, and do . o of the output it would give alone."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, n = chunk_range(bounds, c, T, NC, TILE, PACKED)
+    _c, h, start, stop, n = own_chunk(bounds, T, NC, TILE, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, TILE)
@@ -118,10 +115,7 @@ def tile_query_kernel(
     """One (tile, piece): dq; p and ds times the decay from the tile's start, which the reverse walk sums; the matrices
     a (from p) and dA (from ds) for dv and dk; and what dlog_alpha gets from reads in this tile. lse and delta are those
     of all pieces, where there are several."""
-    pid = tl.program_id(0)
-    c = pid // H
-    h = pid - c * H
-    start, stop, n = chunk_range(bounds, c, T, NC, TILE, PACKED)
+    _c, h, start, stop, n = own_chunk(bounds, T, NC, TILE, H, PACKED)
     if stop <= start:
         return
     i = tl.arange(0, TILE)
