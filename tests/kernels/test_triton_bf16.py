@@ -74,6 +74,7 @@ def test_slots_that_cannot_be_seen(seed):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_gla(side, seed):
-    inputs = gla_inputs(side, "mild", seed, tokens=40, batch=1, heads=1, group=4, dim_k=32, dim_v=32, dtype=torch.bfloat16)
+    sizes = {"batch": 1, "heads": 1, "group": 4, "dim_k": 32, "dim_v": 32, "dtype": torch.bfloat16}
+    inputs = gla_inputs(side, "mild", seed, tokens=40, **sizes)
     want = run(gla_call(side, None, backend="naive"), reference(inputs), seed)
     compare(run(gla_call(side, None, backend="triton"), inputs, seed), want, TOLERANCE)
