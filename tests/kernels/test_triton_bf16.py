@@ -72,6 +72,26 @@ def test_slots_that_cannot_be_seen(seed):
     check(draw("mild", seed, 40), seed, visible=some_visible("written", seed, 40, None, 16))
 
 
+@pytest.mark.parametrize("amplitude", [8.0, 20.0])
+def test_gates_of_a_clock_get_their_small_gradients(amplitude, seed):
+    """The logits of a ring's gates: 2^-12 to 2^-29 of the terms that they are sums of, here entry by entry."""
+    T, M = 64, 16
+    inputs = {name: x for name, x in draw("mild", seed, T, batch=1).items() if name in ("q", "k", "v")}
+    logits = torch.randn(1, T, 1, M, generator=torch.Generator().manual_seed(seed)) + amplitude
+    logits[0, torch.arange(T), 0, torch.arange(T) % M] -= 2 * amplitude
+
+    def gradient(dtype, backend):
+        x = logits.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        o, _ = gsa(*(y.to(dtype) for y in inputs.values()), torch.nn.functional.logsigmoid(x), backend=backend)
+        upstream = torch.randn(o.shape, generator=torch.Generator().manual_seed(seed + 1)).to(torch.bfloat16)
+        return torch.autograd.grad(o, x, upstream.to(dtype))[0].double()
+
+    want = gradient(torch.float64, "naive")
+    error = (gradient(torch.bfloat16, "triton") - want).abs() / want.abs()
+    assert error.median() < 1e-2
+    assert error.quantile(0.9) < 8e-2
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_gla(side, seed):
     sizes = {"batch": 1, "heads": 1, "group": 4, "dim_k": 32, "dim_v": 32, "dtype": torch.bfloat16}

@@ -169,7 +169,8 @@ def tile_query_kernel(
         dqb = tl.dot(da, load_rows(k, token, valid, D, d, CT), dqb, input_precision="ieee")
         tl.store(dq + at[:, None] * D + d[None, :], dqb, mask=row_valid[:, None] & (d < D)[None, :])
 
-    # What crosses each token: what is read from it on, of the state and of pairs, less what pairs write from it on.
+    # What crosses each token: what is read from it on, of the state and of pairs, less what pairs write from it on. The
+    # difference is at least 2^-13 of its terms, for so steps are floored.
     later = t[None, :] >= i[:, None]
     dw = mm(tl.trans(qk), db, CT) + mm(tl.trans(ov), pb, CT)
     flow = exact_sum(later, db.to(tl.float32) * s_raw + pb.to(tl.float32) * dp_raw, CT)
