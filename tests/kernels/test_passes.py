@@ -23,16 +23,8 @@ class Kernel:
 
     def __getitem__(self, grid):
         def ready(*args, stream=None, **options):
-            self.run(
-                *grid,
-                stream,
-                None,
-                None,
-                None,
-                None,
-                None,
-                *(x.data_ptr() if hasattr(x, "data_ptr") else x for x in args),
-            )
+            addresses = (x.data_ptr() if hasattr(x, "data_ptr") else x for x in args)
+            self.run(*grid, stream, *[None] * 5, *addresses)
             return self
 
         return ready
