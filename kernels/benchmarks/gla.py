@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gsa import HQ, TOLERANCE, D, H, copy_bandwidth, median_ms
+from gsa import HQ, TOLERANCE, D, H, copy_bandwidth, layers_beyond_caches, median_ms, recorded, replay_ms
 
 from t2r_kernels import gla, gla_step
 
@@ -103,8 +103,8 @@ def measure(run: Callable, gate: str | None, batch: int, length: int, heads: int
 
 
 def measure_step(gate: str | None, batch: int, bandwidth: float) -> dict:
-    """One decode step of one layer, from a CUDA graph over eight layers' states, which no cache holds together."""
-    layers = 8
+    """One decode step of one layer, timed as gsa's."""
+    layers = layers_beyond_caches(batch * 4 * H * D * V)
     states = [torch.randn(batch, H, D, V, device="cuda") for _ in range(layers)]
     q, k, v, *rest = inputs(gate, batch)
     log_decay = rest[0] if rest else None
@@ -114,11 +114,12 @@ def measure_step(gate: str | None, batch: int, bandwidth: float) -> dict:
     error = ((step(states[0].clone()).double() - want).norm() / want.norm()).item()
     if not error < TOLERANCE:
         return {"batch": batch, "error": error}
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def steps() -> None:
         for state in states:
             step(state)
-    ms = median_ms(graph.replay) / layers
+
+    ms = replay_ms(recorded(steps)) / layers
     moved = batch * (2 * 4 * H * D * V + 4 * H * gate_numbers(gate) + 2 * (HQ * D + H * D + H * V + HQ * V))
     share = moved / (ms / 1e3) / bandwidth
     return {"batch": batch, "error": error, "ms": round(ms, 5), "bytes": moved, "of_copy_bandwidth": round(share, 3)}

@@ -183,9 +183,14 @@ def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
     return median_ms(ten) / 10
 
 
+def layers_beyond_caches(state_bytes: int) -> int:
+    """So many layers that no cache holds their states."""
+    return max(LAYERS, 2**29 // state_bytes)
+
+
 def measure_step(batch: int, bandwidth: float) -> dict:
     """One decode step of one layer, from a CUDA graph over so many layers that no cache holds their states."""
-    layers = max(LAYERS, 2**29 // (batch * 2 * 4 * H * M * D))
+    layers = layers_beyond_caches(batch * 2 * 4 * H * M * D)
     states = [tuple(torch.randn(batch, H, M, D, device="cuda") for _ in range(2)) for _ in range(layers)]
     q, k, v = (torch.randn(batch, heads, D, device="cuda", dtype=torch.bfloat16) for heads in (HQ, H, H))
     log_alpha = F.logsigmoid(torch.randn(batch, H, M, device="cuda"))
@@ -194,11 +199,12 @@ def measure_step(batch: int, bandwidth: float) -> dict:
     error = ((got.double() - want).norm() / want.norm()).item()
     if not error < TOLERANCE:
         return {"batch": batch, "error": error}
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def steps() -> None:
         for state in states:
             gsa_step(q, k, v, log_alpha, state, backend="triton")
-    ms = replay_ms(graph) / layers
+
+    ms = replay_ms(recorded(steps)) / layers
     moved = batch * (2 * 4 * 2 * H * M * D + 4 * H * M + 2 * (2 * HQ * D + 2 * H * D))
     return {
         "batch": batch,

@@ -79,7 +79,11 @@ def without_autocast(device: torch.device) -> torch.autocast:
 
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], layout: str) -> None:
     """ValueError unless x has this shape (None: any length)."""
-    fits = x.dim() == len(shape) and all(want is None or want == got for want, got in zip(shape, x.shape, strict=True))
+    # a loop and not all(...): these checks run at every call, and a generator costs more than what it checks
+    fits = len(x.shape) == len(shape)
+    for got, want in zip(x.shape, shape, strict=False):
+        if want is not None and want != got:
+            fits = False
     if not fits:
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, must be {layout} = [{wanted}]")

@@ -14,7 +14,7 @@ is floored at STEP for this, so that L >= -208 and both factors stay within 2^+-
 entry that a stronger gate forgets is kept at 2^-13 of its weight until the tile ends, below the 2^-9 to which bf16
 rounds the entry itself.
 
-**Walks** hold states in nearly all registers that there are. So the loops of gsa's are
+**Walks** hold states in nearly all registers that there are. So their loops are
 `tl.range(..., disable_licm=True)`: what does not change from round to round, addresses mostly, is computed anew each
 time instead of kept in registers that the states would have to leave (on an H200 375 us became 306 in gsa's forward).
 """
@@ -125,8 +125,41 @@ def own_chunk(bounds, T, NC, C, H, PACKED: tl.constexpr):
 
 
 @triton.jit
+def tf32_terms(x):
+    """fp32 x as a sum of two terms that tf32 holds: the nearest, and what is left of it, cut off."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def add_dot(total, a, b, CT: tl.constexpr, PREC: tl.constexpr):
+    """total plus the product; of "tf32x3" the three passes, their operands split here: Triton's split, which looks for
+    infinities, takes three times the instructions."""
+    if PREC == "tf32x3":
+        ah, al = tf32_terms(a.to(tl.float32))
+        bh, bl = tf32_terms(b.to(tl.float32))
+        total = tl.dot(ah, bl, tl.dot(al, bh, total, input_precision="tf32"), input_precision="tf32")
+        total = tl.dot(ah, bh, total, input_precision="tf32")
+    else:
+        total = tl.dot(a.to(CT), b.to(CT), total, input_precision=PREC)
+    return total
+
+
+@triton.jit
 def dot(a, b, CT: tl.constexpr, PREC: tl.constexpr):
-    return tl.dot(a.to(CT), b.to(CT), input_precision=PREC)
+    return add_dot(None, a, b, CT, PREC)
+
+
+@triton.jit
+def masked_dot(mask, b, CT: tl.constexpr, PREC: tl.constexpr):
+    """mask (0/1) times b."""
+    ones = tl.where(mask, 1.0, 0.0)
+    if PREC == "tf32x3":
+        bh, bl = tf32_terms(b.to(tl.float32))
+        product = tl.dot(ones, bh, tl.dot(ones, bl, input_precision="tf32"), input_precision="tf32")
+    else:
+        product = tl.dot(ones.to(CT), b.to(CT), input_precision=PREC)
+    return product
 
 
 @triton.jit
@@ -148,8 +181,26 @@ def masked_sum(mask, high, low, SPLIT: tl.constexpr, EXACT: tl.constexpr):
         ones = mask.to(tl.bfloat16)
         total = tl.dot(ones, low, tl.dot(ones, high))
     else:
-        total = tl.dot(mask.to(tl.float32), high, input_precision=EXACT)
+        total = masked_dot(mask, high, tl.float32, EXACT)
     return total
+
+
+@triton.jit
+def leading_bits(x):
+    """x cut to the bits that bf16 has, in fp32."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exact_sum(mask, x, CT: tl.constexpr):
+    """mask [A, B] (0/1) times x [B, BM] in fp32, all of whose bits take part."""
+    ones = mask.to(CT)
+    high = leading_bits(x)
+    rest = x - high
+    middle = leading_bits(rest)
+    total = tl.dot(ones, (rest - middle).to(CT), input_precision="ieee")
+    total = tl.dot(ones, middle.to(CT), total, input_precision="ieee")
+    return tl.dot(ones, high.to(CT), total, input_precision="ieee")
 
 
 @triton.jit

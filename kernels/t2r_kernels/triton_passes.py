@@ -71,7 +71,7 @@ class Program:
     def __init__(self, recording: Recording, given: list[Tensor], result: Any) -> None:
         roots = {x.data_ptr(): (number, 0) for number, x in enumerate(given)}
         storages = {x.untyped_storage().data_ptr(): x for x in recording.allocated}
-        self.outputs: list[tuple[torch.Size, torch.dtype]] = []
+        self.outputs: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = []
         self.result = self._template(result, len(given), storages, roots)
         self.workspace = 0
         for start, x in storages.items():
@@ -98,7 +98,7 @@ class Program:
         if start in roots or not whole or not result.is_contiguous():
             raise _NotRepeatable
         roots[start] = (first + len(self.outputs), 0)
-        self.outputs.append((result.shape, result.dtype))
+        self.outputs.append((result.shape, result.stride(), result.dtype))
         return Output(len(self.outputs) - 1)
 
     def _place(self, x: Any, roots: dict, storages: dict) -> tuple[bool, int]:
@@ -117,7 +117,8 @@ class Program:
 
     def repeat(self, given: list[Tensor], addresses: list[int], device: int) -> Any:
         here = given[0].device
-        made = [torch.empty(shape, dtype=dtype, device=here) for shape, dtype in self.outputs]
+        # half the Python of torch.empty, which wonders about names and layouts
+        made = [torch.empty_strided(size, stride, dtype=dtype, device=here) for size, stride, dtype in self.outputs]
         roots = addresses + [x.data_ptr() for x in made]
         if self.workspace:
             workspace = torch.empty(self.workspace, dtype=torch.uint8, device=here)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from t2r.cli import bench_config
+from t2r.cli.options import Finite
 
 if TYPE_CHECKING:
     from t2r_evals.mqar import MqarOptions, MqarResult
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 @click.option("--vocabulary", type=int, default=8192, show_default=True)
 @click.option("--examples", "train_examples", type=int, default=100_000, show_default=True)
 @click.option("--epochs", type=int, default=64, show_default=True)
-@click.option("--minutes", type=float, help="Per model; anneals and ends there if that is before the last epoch.")
+@click.option(
+    "--minutes",
+    type=Finite(0, min_open=True),
+    help="Per model; anneals and ends there if that is before the last epoch.",
+)
 @click.option("--batch-size", type=int, default=256, show_default=True)
 @click.option(
     "--short-conv",

@@ -14,9 +14,9 @@ from t2r.cli import options
 @click.option("--prompt", default="-", show_default=True, help="The text to continue; - reads standard input.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Stop after these.")
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 takes the likeliest token."
+    "--temperature", type=options.Finite(0), default=0.8, show_default=True, help="0 takes the likeliest token."
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
+@click.option("--top-p", type=options.Finite(0, 1, min_open=True), default=0.95, show_default=True)
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 samples from all tokens.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
 @options.device

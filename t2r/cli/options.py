@@ -1,5 +1,6 @@
 """Options that several verbs share."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ class Lengths(click.ParamType):
                 self.fail(f"{part!r} is no length; write numbers of tokens such as 512,2K,32K", param, ctx)
             lengths.append(int(number) * factor)
         return tuple(lengths)
+
+
+class Finite(click.FloatRange):
+    """A finite number of a range: click's own lets nan through, which is neither below nor above anything."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 def make_folder(path: Path) -> None:

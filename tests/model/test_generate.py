@@ -105,3 +105,7 @@ def test_command_line(model, tokenizer, tmp_path):
     garbled = CliRunner().invoke(command, arguments, input=b"One \xff two")
     assert "standard input is not UTF-8 text" in str(garbled.exception)
     assert "new: 6 tokens" in from_option.stderr
+    for option in ("--temperature", "--top-p"):
+        refused = CliRunner().invoke(command, [*arguments, option, "nan"], input="One two")
+        assert refused.exit_code == 2
+        assert "'nan' is not a finite number" in refused.stderr

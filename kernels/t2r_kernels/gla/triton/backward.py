@@ -18,10 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import Chunks, dot, load_rows, own_chunk, pad, row_offsets
+from ...triton_chunks import Chunks, add_dot, dot, load_rows, own_chunk, pad, row_offsets
 from ...triton_launch import launch
 from . import configs
-from .common import NONE, ROWS, SCALAR, Plan, add_dot, advance, load_decay, load_state, load_total, load_weight
+from .common import NONE, ROWS, SCALAR, Plan, advance, load_decay, load_state, load_total, load_weight
 from .decays import Decays, pair_decay
 from .pairs import load_pairs
 from .tiles import alike_gradient, tile_gradients, tile_slices
@@ -48,7 +48,7 @@ def gated_gradient_kernel(
     e = tl.arange(0, BX)
     dstate = load_state(dstates, c, h, H, d, e, R, X, True)
     count = ((stop - start + SUB - 1) // SUB).to(tl.int32)
-    for step in range(count):
+    for step in tl.range(count, disable_licm=True):
         tile = count - 1 - step
         first = start + tile * SUB
         token = (first + i) * H + h
@@ -128,7 +128,7 @@ def plain_gradient_kernel(
     e = tl.program_id(1) * BX + tl.arange(0, BX)
     dstate = load_state(dstates, c, h, H, d, e, R, X, False)
     count = ((stop - start + SUB - 1) // SUB).to(tl.int32)
-    for step in range(count):
+    for step in tl.range(count, disable_licm=True):
         first = start + (count - 1 - step) * SUB
         token = (first + i) * H + h
         valid = (first + i) < stop

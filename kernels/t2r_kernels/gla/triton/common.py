@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import FLOOR, Chunks, Numerics, choose_numerics, load_rows, pad
+from ...triton_chunks import FLOOR, Chunks, Numerics, add_dot, choose_numerics, load_rows, pad
 
 NONE, SCALAR, ROWS = (tl.constexpr(kind) for kind in range(3))
 
@@ -74,11 +74,6 @@ def plan_for(gate: str | None, HQ: int, H: int, D: int, V: int, dtype: torch.dty
     tile = 16 if factored else max(16, 32 // group)
     kind = {None: NONE, "scalar": SCALAR}.get(gate, ROWS).value
     return Plan(kind, R, X, H, HQ // H, group, tile, factored, numerics)
-
-
-@triton.jit
-def add_dot(acc, a, b, CT: tl.constexpr, PREC: tl.constexpr):
-    return tl.dot(a.to(CT), b.to(CT), acc, input_precision=PREC)
 
 
 @triton.jit

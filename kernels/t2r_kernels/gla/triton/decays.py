@@ -24,6 +24,7 @@ from ...triton_chunks import (
     FLOOR,
     SHIFT,
     STEP,
+    dot,
     find_chunks,
     masked_sum,
     own_chunk,
@@ -104,7 +105,7 @@ def pair_decay(
         if SPLIT:
             exponent = tl.dot(low, after.to(tl.bfloat16), tl.dot(high, after.to(tl.bfloat16)))
         else:
-            exponent = tl.dot(high, after, input_precision=EXACT)
+            exponent = dot(high, after, tl.float32, EXACT)
         decay = tl.where(causal, tl.exp2(exponent), 0.0)
     return decay
 

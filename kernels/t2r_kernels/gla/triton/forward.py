@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ...triton_chunks import (
     Chunks,
+    add_dot,
     dot,
     load_rows,
     own_chunk,
@@ -22,7 +23,7 @@ from ...triton_chunks import (
 )
 from ...triton_launch import launch
 from . import configs
-from .common import Plan, add_dot, load_decay, load_gate, load_state, load_total, load_written
+from .common import Plan, load_decay, load_gate, load_state, load_total, load_written
 from .decays import Decays, pair_factors
 from .pairs import load_pairs
 
@@ -42,7 +43,7 @@ def plain_kernel(
     d = tl.arange(0, BR)
     e = tl.program_id(1) * BX + tl.arange(0, BX)
     state = load_state(states, c, h, H, d, e, R, X, False)
-    for tile in range(((stop - start + SUB - 1) // SUB).to(tl.int32)):
+    for tile in tl.range(((stop - start + SUB - 1) // SUB).to(tl.int32), disable_licm=True):
         first = start + tile * SUB
         token = first + tl.arange(0, SUB)
         t, row, valid = row_offsets(first, stop, h, tl.program_id(2) * BG, HQ, G, SUB, BG)
@@ -77,7 +78,7 @@ def gated_kernel(
     d = tl.program_id(1) * BR + tl.arange(0, BR)
     e = tl.arange(0, BX)
     state = load_state(states, c, h, H, d, e, R, X, True)
-    for tile in range(((stop - start + SUB - 1) // SUB).to(tl.int32)):
+    for tile in tl.range(((stop - start + SUB - 1) // SUB).to(tl.int32), disable_licm=True):
         first = start + tile * SUB
         token = first + i
         t, row, valid = row_offsets(first, stop, h, tl.program_id(2) * BG, HQ, G, SUB, BG)

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ...triton_chunks import (
     Chunks,
+    add_dot,
     dot,
     find_chunks,
     load_rows,
@@ -19,7 +20,7 @@ from ...triton_chunks import (
 )
 from ...triton_launch import launch
 from . import configs
-from .common import ROWS, Plan, add_dot, load_gate, load_written
+from .common import ROWS, Plan, load_gate, load_written
 from .decays import Decays, pair_decay, pair_factors
 
 

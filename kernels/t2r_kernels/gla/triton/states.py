@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import Chunks, load_rows, own_chunk, pad, row_offsets
+from ...triton_chunks import Chunks, add_dot, load_rows, own_chunk, pad, row_offsets
 from ...triton_launch import launch
 from . import configs
-from .common import Plan, add_dot, advance, load_decay, load_gate, load_total
+from .common import Plan, advance, load_decay, load_gate, load_total
 from .decays import Decays
 
 
@@ -49,7 +49,7 @@ def chunk_kernel(
     e = tl.program_id(2) * BX + tl.arange(0, BX)
     state = tl.zeros([BR, BX], tl.float32)
     count = ((stop - start + SUB - 1) // SUB).to(tl.int32)
-    for step in range(count):
+    for step in tl.range(count, disable_licm=True):
         if READS:
             state = read_back(
                 state, left, right, before, start + (count - 1 - step) * SUB, stop, h, H, HQ, G, d, e,
@@ -146,8 +146,9 @@ def _launch(
     left, right, write, gate, decays: Decays, states, gamma, scale, plan: Plan, chunks: Chunks, chunk: int, reads: bool
 ):
     rows = min(pad(plan.R), 64 if plan.numerics.store == torch.float32 else 128)
-    columns, slices, _ = configs.fit(configs.CHUNKS, plan, plan.X, rows)
-    options = configs.options(configs.CHUNKS, plan, rows)
+    config = configs.READS if reads else configs.WRITES
+    columns, slices, _ = configs.fit(config, plan, plan.X, rows)
+    options = configs.options(config, plan, rows)
     grid = (chunks.count * plan.heads, triton.cdiv(plan.R, rows), slices)
     launch(
         chunk_kernel, grid,

@@ -10,10 +10,11 @@ import triton.language as tl
 from ...triton_chunks import (
     STEP,
     Chunks,
+    add_dot,
     dot,
+    exact_sum,
     find_chunks,
     load_rows,
-    masked_sum,
     own_chunk,
     pad,
     pairs_at,
@@ -24,7 +25,7 @@ from ...triton_chunks import (
 )
 from ...triton_launch import launch
 from . import configs
-from .common import ROWS, SCALAR, Plan, add_dot, load_gate, load_written
+from .common import ROWS, SCALAR, Plan, load_gate, load_written
 from .decays import Decays, pair_decay, pair_factors
 
 
@@ -48,10 +49,9 @@ def alike_gradient(
 
 
 @triton.jit
-def factored_gradient(rb, yb, b, right, left, t, dy, flow, CT: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr):
+def factored_gradient(rb, yb, b, right, left, t, dy, flow, CT: tl.constexpr, PREC: tl.constexpr):
     """Like `alike_gradient` for factored decays; dy lacks the factor `left`. What crosses a token is what is read from
-    it on less what is written from it on: sums over one tile of the same rounded terms, whose difference leaves only
-    the rounding of those sums' operands to 16 bits."""
+    it on less what is written from it on: sums over one tile of the same rounded terms, in all their bits."""
     i = tl.arange(0, yb.shape[0])
     pairs = tl.where(i[None, :] <= t[:, None], b, 0.0).to(CT)
     reader = (rb * right).to(CT)
@@ -59,10 +59,8 @@ def factored_gradient(rb, yb, b, right, left, t, dy, flow, CT: tl.constexpr, SPL
     got = dot(pairs, writer, CT, PREC)
     gave = dot(tl.trans(pairs), reader, CT, PREC)
     dy += gave
-    high, low = split(reader.to(tl.float32) * got, SPLIT)
-    flow += masked_sum(t[None, :] >= i[:, None], high, low, SPLIT, PREC)
-    high, low = split(writer.to(tl.float32) * gave, SPLIT)
-    flow -= masked_sum(i[None, :] >= i[:, None], high, low, SPLIT, PREC)
+    flow += exact_sum(t[None, :] >= i[:, None], reader.to(tl.float32) * got, CT)
+    flow -= exact_sum(i[None, :] >= i[:, None], writer.to(tl.float32) * gave, CT)
     return got * right, dy, flow
 
 
@@ -127,7 +125,7 @@ def tile_kernel(
             drb, dyb, flow = alike_gradient(rb, yb, b, decay, t, k, dyb, flow, KIND, CT, PREC)
         elif FACTORED:
             right, left = pair_factors(decays, start + i, start + t, valid, row_valid, h, H, d, R)
-            drb, dyb, flow = factored_gradient(rb, yb, b, right, left, t, dyb, flow, CT, SPLIT, PREC)
+            drb, dyb, flow = factored_gradient(rb, yb, b, right, left, t, dyb, flow, CT, PREC)
         else:
             g = load_gate(gate, start, stop, h, H, d, R, SUB, KIND)
             drb, dyb, flow = tree_gradient(rb, yb, b, g, t, dyb, flow, LOG_SUB, CT, SPLIT, PREC, EXACT)

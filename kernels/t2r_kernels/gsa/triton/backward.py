@@ -20,13 +20,14 @@ import triton.language as tl
 from ...triton_chunks import (
     LOG2E,
     choose_numerics,
+    dot,
     find_chunks,
     load_rows,
     own_chunk,
     row_offsets,
 )
 from ...triton_launch import launch
-from .common import choose_blocks, dot, readable
+from .common import choose_blocks, readable
 from .decays import chunk_decays, chunk_tables, load_prefix, load_suffix, load_weight
 from .forward import piece_softmax2, products, read_both, softmax2, write_both
 from .gate import gate_kernel

@@ -43,39 +43,6 @@ def choose_blocks(group: int, D: int, V: int, M: int, itemsize: int) -> Blocks:
 
 
 @triton.jit
-def tf32_terms(x):
-    """fp32 x as a sum of two terms that tf32 holds: the nearest, and what is left of it, cut off."""
-    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return high, x - high
-
-
-@triton.jit
-def dot(a, b, CT: tl.constexpr, PREC: tl.constexpr):
-    """The product; of "tf32x3" the three passes, their operands split here: Triton's split, which looks for infinities,
-    takes three times the instructions."""
-    if PREC == "tf32x3":
-        ah, al = tf32_terms(a.to(tl.float32))
-        bh, bl = tf32_terms(b.to(tl.float32))
-        product = tl.dot(ah, bl, tl.dot(al, bh, input_precision="tf32"), input_precision="tf32")
-        product = tl.dot(ah, bh, product, input_precision="tf32")
-    else:
-        product = tl.dot(a.to(CT), b.to(CT), input_precision=PREC)
-    return product
-
-
-@triton.jit
-def masked_dot(mask, b, CT: tl.constexpr, PREC: tl.constexpr):
-    """mask (0/1) times b."""
-    ones = tl.where(mask, 1.0, 0.0)
-    if PREC == "tf32x3":
-        bh, bl = tf32_terms(b.to(tl.float32))
-        product = tl.dot(ones, bh, tl.dot(ones, bl, input_precision="tf32"), input_precision="tf32")
-    else:
-        product = tl.dot(ones.to(CT), b.to(CT), input_precision=PREC)
-    return product
-
-
-@triton.jit
 def load_log2_alpha(log_alpha, start, stop, h, H, M, C: tl.constexpr, BM: tl.constexpr):
     """log2 alpha of a chunk [C, BM]; tokens past the end and slots past M get alpha = 1, which writes nothing."""
     i = tl.arange(0, C)

@@ -7,6 +7,7 @@ import triton.language as tl
 from ...triton_chunks import (
     LOG2E,
     choose_numerics,
+    dot,
     find_chunks,
     load_rows,
     own_chunk,
@@ -14,7 +15,7 @@ from ...triton_chunks import (
     row_offsets,
 )
 from ...triton_launch import launch
-from .common import choose_blocks, dot, readable
+from .common import choose_blocks, readable
 from .decays import chunk_decays, chunk_tables, load_prefix, load_suffix, load_weight
 from .pieces import LOWEST, combine
 from .states import chunk_states

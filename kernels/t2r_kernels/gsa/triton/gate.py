@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...triton_chunks import load_rows, own_chunk, pairs_at, row_offsets
-from .common import dot, masked_dot
+from ...triton_chunks import dot, load_rows, masked_dot, own_chunk, pairs_at, row_offsets
 from .decays import chunk_decays, load_prefix, load_suffix, load_weight
 from .forward import products
 

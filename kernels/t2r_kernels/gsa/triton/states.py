@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_chunks import Chunks, Numerics, ceil_div, load_rows, own_chunk
+from ...triton_chunks import Chunks, Numerics, ceil_div, dot, load_rows, own_chunk
 from ...triton_launch import launch
-from .common import Blocks, dot
+from .common import Blocks
 from .decays import chunk_decays, load_suffix, load_weight
 
 

@@ -4,7 +4,7 @@ gradients, dq, and what dlog_alpha gets from reads in the tile."""
 import triton
 import triton.language as tl
 
-from ...triton_chunks import STEP, load_rows, own_chunk, row_offsets
+from ...triton_chunks import STEP, exact_sum, load_rows, own_chunk, row_offsets
 from .common import load_log2_alpha, readable, write_weight
 from .forward import piece_softmax2, softmax2
 from .walk import TILE, TINY, read_factors, times_tiny
@@ -13,24 +13,6 @@ from .walk import TILE, TINY, read_factors, times_tiny
 @triton.jit
 def mm(a, b, CT: tl.constexpr):
     return tl.dot(a.to(CT), b.to(CT), input_precision="ieee")
-
-
-@triton.jit
-def leading_bits(x):
-    """x cut to the bits that bf16 has, in fp32."""
-    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exact_sum(mask, x, CT: tl.constexpr):
-    """mask [A, B] (0/1) times x [B, BM] in fp32, all of whose bits take part."""
-    ones = mask.to(CT)
-    high = leading_bits(x)
-    rest = x - high
-    middle = leading_bits(rest)
-    total = tl.dot(ones, (rest - middle).to(CT), input_precision="ieee")
-    total = tl.dot(ones, middle.to(CT), total, input_precision="ieee")
-    return tl.dot(ones, high.to(CT), total, input_precision="ieee")
 
 
 @triton.jit
