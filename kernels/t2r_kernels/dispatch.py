@@ -101,6 +101,11 @@ def check_sequences(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     check_group(op, q.shape[2], heads)
 
 
+def same_dtype(x: Tensor, like: Tensor) -> Tensor:
+    """x in the dtype of `like`; mostly it has that, and to ask is cheaper than `Tensor.to`."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
 def check_group(op: str, query_heads: int, heads: int) -> None:
     """Every key/value head serves the same number of query heads."""
     if query_heads == 0 or query_heads % heads:
@@ -111,11 +116,12 @@ def check_same_place(op: str, named: dict[str, Tensor | None]) -> None:
     """All tensors are floating point and on the device of the first."""
     first = next(iter(named.values()))
     assert first is not None
+    device = first.device
     for name, x in named.items():
         if x is None:
             continue
-        if x.device != first.device:
-            raise ValueError(f"{op}: {name} is on {x.device}, must be on {first.device} like {next(iter(named))}")
+        if x.device != device:
+            raise ValueError(f"{op}: {name} is on {x.device}, must be on {device} like {next(iter(named))}")
         if not x.is_floating_point():
             raise ValueError(f"{op}: {name} has dtype {x.dtype}, must be floating point")
 

@@ -134,7 +134,7 @@ def gla_operator(
     else:
         run = _Direct.apply if torch.is_grad_enabled() else forward
     o, final = run(
-        q, k.to(q.dtype), v.to(q.dtype), log_decay, write, initial_state, cu_seqlens, gate, float(scale),
-        output_final_state, backend,
+        q, dispatch.same_dtype(k, q), dispatch.same_dtype(v, q), log_decay, write, initial_state, cu_seqlens, gate,
+        float(scale), output_final_state, backend,
     )  # fmt: skip
     return o, final if output_final_state else None

@@ -147,8 +147,8 @@ def gsa_operator(
     else:
         run = _Direct.apply if torch.is_grad_enabled() else forward
     o, final_k, final_v = run(
-        q, k.to(q.dtype), v.to(q.dtype), log_alpha, initial_k, initial_v, cu_seqlens, visible, float(scale),
-        output_final_state, backend,
+        q, dispatch.same_dtype(k, q), dispatch.same_dtype(v, q), log_alpha, initial_k, initial_v, cu_seqlens, visible,
+        float(scale), output_final_state, backend,
     )  # fmt: skip
     if not output_final_state:
         return o, None
