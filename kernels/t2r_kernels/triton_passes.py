@@ -40,6 +40,12 @@ class Recording(TorchDispatchMode):
             self.repeatable = False
         return result
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would import its compiler (over a second) at the first operator seen, to keep it away from here, where
+        nothing is compiled: passes run as operators there, whose bodies no compiler enters."""
+        return False
+
     def launched(self, start: Start | None, args: tuple) -> None:
         if start is None:
             self.repeatable = False

@@ -1,6 +1,8 @@
 """What `repeated` records of a pass and when it leaves a pass alone, with kernels that run on the CPU."""
 
 import ctypes
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -49,6 +51,19 @@ def kernel():
         out[:] = x + factor * y
 
     return Kernel(work, 8)
+
+
+def test_recording_a_pass_does_not_import_torchs_compiler():
+    """Which takes longer than all else that a new process does up to its first gradients."""
+    lines = (
+        "import sys, torch",
+        "from t2r_kernels import triton_launch, triton_passes",
+        "run = triton_passes.repeated(lambda x: torch.empty_like(x).view(-1))",
+        "run(torch.ones(2))",
+        "assert triton_passes._programs",
+        "sys.exit('torch._dynamo' in sys.modules)",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=120)
 
 
 def numbers(start):
