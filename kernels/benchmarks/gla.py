@@ -38,10 +38,10 @@ def fla(q, k, v, log_decay, *, gate: str | None):
     return run(q, k, v, log_decay, scale=D**-0.5)
 
 
-def candidates(gate: str | None) -> dict[str, Callable]:
+def candidates(gate: str | None, alone: bool) -> dict[str, Callable]:
     """What is timed, by name."""
     found: dict[str, Callable] = {name: partial(gla, gate=gate, backend=name) for name in ("triton", "torch")}
-    if importlib.util.find_spec("fla") is not None and gate in ("key", "scalar"):
+    if not alone and importlib.util.find_spec("fla") is not None and gate in ("key", "scalar"):
         found["fla"] = partial(fla, gate=gate)
     return found
 
@@ -125,8 +125,8 @@ def measure_step(gate: str | None, batch: int, bandwidth: float) -> dict:
     return {"batch": batch, "error": error, "ms": round(ms, 5), "bytes": moved, "of_copy_bandwidth": round(share, 3)}
 
 
-def run(output: Path) -> dict:
-    """Checks, measures and writes gla.json into `output`; returns what it wrote."""
+def run(output: Path, alone: bool = False) -> dict:
+    """Checks, measures and writes gla.json into `output`; returns what it wrote. `alone`: without fla."""
     import triton
 
     output.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def run(output: Path) -> dict:
             whole = floor + backward_bytes(tokens, heads, gate) / bandwidth * 1e3
             row: dict = {"batch": batch, "length": length, "heads": heads}
             row["floor"] = {"forward_ms": round(floor, 4), "forward_backward_ms": round(whole, 4)}
-            for name, candidate in candidates(gate).items():
+            for name, candidate in candidates(gate, alone).items():
                 try:
                     row[name] = measure(candidate, gate, batch, length, heads)
                 except RuntimeError as error:
@@ -195,4 +195,6 @@ def table(record: dict) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/bench-gla"))
-    run(parser.parse_args().output)
+    parser.add_argument("--alone", action="store_true", help="without fla, whose tuning takes minutes")
+    options = parser.parse_args()
+    run(options.output, options.alone)
