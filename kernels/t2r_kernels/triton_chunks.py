@@ -1,4 +1,4 @@
-"""What the Triton kernels of gsa and gla share: how a chunk is found, and how the decays inside it are formed.
+"""What the Triton kernels of gsa and gla share: how a chunk is found, products, and how the decays in it are formed.
 
 **By a tree, exact.** The decay from token i to token t is exp2 of the sum of log2 alpha over i+1..t. A pair (i, t) is
 split at the boundary that a binary tree over the chunk puts between them: at level l the chunk is cut into blocks of

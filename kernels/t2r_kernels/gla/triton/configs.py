@@ -1,4 +1,5 @@
-"""Launch configurations, chosen on one H200 at D = V = 128 and groups of four for an earlier form of the kernels."""
+"""Launch configurations, chosen on one H200 at D = V = 128 and groups of four: registers for these kernels, the rest
+for an earlier form of them."""
 
 from dataclasses import dataclass
 
